@@ -1,0 +1,1 @@
+"""Conv-LoRA fine-tuning of a frozen Segment Anything Model (Zhong et al., ICLR 2024, arXiv:2401.17868)."""

@@ -1,0 +1,220 @@
+"""Config or checkpoint -> objects; with the entry points, the only code that knows hydra."""
+
+import difflib
+import inspect
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+import torch
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import get_object, instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from convlora.sam.zoo import load_backbone
+from convlora.segmenter import Segmenter
+from convlora.task import check_identity
+
+Config = dict[str, Any]
+T = TypeVar("T")
+
+# In a wheel the configuration lies inside the package, in a checkout beside it.
+CONF = next(path for path in (Path(__file__).with_name("conf"), Path(__file__).parents[1] / "conf") if path.is_dir())
+
+FORMAT = "convlora-adapter-1"
+# What an adapter file may ask to be built: its config comes from whoever made the file.
+ADAPTER_TARGETS = ("convlora.sam.", "convlora.peft.", "convlora.data.transforms.")
+
+
+def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any]) -> Callable[[], None]:
+    """Return a command-line entry point: compose conf/<config_name>.yaml and call `job(schema(**config))`.
+
+    The schema's signature is that of the file's top level. A mistake of the user's ends in one line on stderr
+    and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback.
+    """
+
+    def run(cfg: DictConfig) -> Any:
+        return job(schema(**check_keys(config_name, schema, resolve(cfg))))
+
+    def main() -> None:
+        _quiet()
+        verbose = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra hands its exceptions on instead of printing them
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
+        except (
+            OSError, ValueError, HydraException, OmegaConfBaseException, MisconfigurationException
+        ) as error:
+            if verbose:
+                traceback.print_exc()
+            sys.exit(f"error: {error}")
+
+    return main
+
+
+def _quiet() -> None:
+    """Leave the terminal to the command's own lines."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="Experiment logs directory")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+
+
+def resolve(cfg: DictConfig) -> Config:
+    """Return the config with all interpolations resolved."""
+    settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def make(section: str, config: Mapping[str, Any], **given: Any) -> Any:
+    """Build the object that a config section describes, after checking its keys against the signature.
+
+    Args:
+        section: the section's name, for messages.
+        config: `_target_` and its arguments.
+        given: further arguments that the config does not know.
+
+    Raises:
+        ValueError: a key that the target does not take.
+        Exception: what the target raised.
+    """
+    _check_section(section, config)
+    try:
+        return instantiate({**config, **{key: None for key in given}}, **given, _convert_="all")
+    except InstantiationException as error:
+        raise (error.__cause__ or error) from None
+
+
+def check_keys(section: str, target: Callable[..., Any], config: Mapping[str, Any]) -> Config:
+    """Return `config` if the target takes every key of it.
+
+    Raises:
+        ValueError: naming the key, what it may have meant and what there is.
+    """
+    parameters = inspect.signature(target).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(config)
+    known = [parameter.name for parameter in parameters]
+    for key in config:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise ValueError(f"{section}: unknown key '{key}'; {hint}it takes {', '.join(known)}")
+    return dict(config)
+
+
+def _check_section(section: str, config: Mapping[str, Any]) -> None:
+    if "_target_" in config:
+        target = get_object(config["_target_"])
+        check_keys(section, target, {key: value for key, value in config.items() if not key.startswith("_")})
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_section(f"{section}.{key}", value)
+
+
+def make_segmenter(model: Config, peft: Config, num_masks: int) -> tuple[Segmenter, dict[str, str]]:
+    """Build a segmenter on pretrained weights.
+
+    Returns:
+        The segmenter and the identity of its base weights: name and SHA-256.
+    """
+    backbone, method = make("model", model), make("peft", peft)
+    sam, sha256 = load_backbone(backbone)
+    return Segmenter(sam, method, num_masks), {"base": backbone.name, "base_sha256": sha256}
+
+
+def outline_segmenter(model: Config, peft: Config, num_masks: int) -> Segmenter:
+    """Build a segmenter without storage, to count its parameters."""
+    with torch.device("meta"):
+        return Segmenter(make("model", model).build(), make("peft", peft), num_masks)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter file describes.
+
+    Attributes:
+        segmenter: with the trained tensors loaded.
+        resize: config of the resize it was trained with.
+        class_names: one for each class.
+        identity: name and SHA-256 of the base weights.
+    """
+
+    segmenter: Segmenter
+    resize: Config
+    class_names: list[str]
+    identity: dict[str, str]
+
+
+def save_adapter(path: Path, segmenter: Segmenter, config: Config, class_names: list[str],
+                 identity: dict[str, str]) -> None:
+    """Write the trained tensors and what is needed to use them again to one safetensors file."""
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config),
+        "class_names": json.dumps(class_names),
+        **identity,
+    }
+    state = {name: tensor.cpu().contiguous() for name, tensor in segmenter.trainable_state().items()}
+    save_file(state, path, metadata=metadata)
+
+
+def load_adapter(path: str | Path, weights: str | None = None) -> Adapter:
+    """Rebuild the segmenter that an adapter file was saved from.
+
+    Args:
+        path: the file.
+        weights: base weights, where they lie elsewhere than at training.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no adapter, damaged, asking for code outside the library, or of other base weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at {path}; a training run writes RUN/adapter.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no adapter file or is damaged ({error}); use RUN/adapter.safetensors"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no {FORMAT} file but {metadata.get('format', 'unmarked')}")
+    config = json.loads(metadata["config"])
+    parts = {key: config[key] for key in ("model", "peft", "resize")}
+    _check_targets(path, parts)
+    if weights is not None:
+        parts["model"]["weights"] = weights
+    class_names = json.loads(metadata["class_names"])
+    segmenter, identity = make_segmenter(parts["model"], parts["peft"], num_masks=1)
+    check_identity(metadata, identity)
+    segmenter.load_trainable_state(state)
+    return Adapter(segmenter.eval(), parts["resize"], class_names, identity)
+
+
+def _check_targets(path: Path, config: Any) -> None:
+    if isinstance(config, Mapping):
+        target = config.get("_target_", ADAPTER_TARGETS[0])
+        if not isinstance(target, str) or not target.startswith(ADAPTER_TARGETS):
+            raise ValueError(
+                f"{path} asks for {target}; an adapter may only build {', '.join(ADAPTER_TARGETS)}*"
+            )
+    if isinstance(config, Mapping | list):
+        for value in config.values() if isinstance(config, Mapping) else config:
+            _check_targets(path, value)

@@ -1,0 +1,117 @@
+"""The user's own images and masks."""
+
+import os
+from pathlib import Path
+
+from convlora.data.base import SPLITS, Pair, SegmentationDataModule, Split, csv_pairs
+from convlora.data.images import IMAGE_SUFFIXES, list_images
+
+
+class Folder(SegmentationDataModule):
+    """Images and masks under one root, matched by stem.
+
+    The first layout found gives a split:
+
+    - `<root>/<split>.csv` with the columns image and label, paths relative to root
+    - `<root>/<split>.txt` with the name or stem of one image per line, in `<root>/images` and `<root>/masks`
+    - `<root>/<split>/images` and `<root>/<split>/masks`
+    - `<root>/images` and `<root>/masks` and no split at all: all of it is the test set
+    """
+
+    def pairs(self, split: Split) -> list[Pair]:
+        """List a split by the first layout found.
+
+        Raises:
+            FileNotFoundError: root does not exist or has no such split.
+            ValueError: an image has no mask or the reverse, a stem stands for two files, a listed name is not
+                there, or an image is listed in two splits.
+        """
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.name}: no folder {self.root}; set data_root=YOUR_FOLDER")
+        self._refuse_overlap(split)
+        if (listing := self.root / f"{split}.csv").is_file():
+            return csv_pairs(listing)
+        if (listing := self.root / f"{split}.txt").is_file():
+            return self._listed_pairs(listing)
+        if (folder := self.root / split).is_dir():
+            return self._all_pairs(folder)
+        if any(self._has(other) for other in SPLITS):
+            raise FileNotFoundError(
+                f"{self.name}: no {split} split under {self.root}; write {split}.txt there with one image "
+                "name per line"
+            )
+        if split != "test":
+            raise FileNotFoundError(
+                f"{self.name}: no {split} split under {self.root}, and a split is never drawn at run time; "
+                "write train.txt and val.txt there with one image name per line, for instance "
+                "`ls images | awk 'NR%5' > train.txt; ls images | awk 'NR%5==0' > val.txt`"
+            )
+        return self._all_pairs(self.root)
+
+    def _has(self, split: Split) -> bool:
+        listings = (self.root / f"{split}.csv", self.root / f"{split}.txt")
+        return any(path.is_file() for path in listings) or (self.root / split).is_dir()
+
+    def _all_pairs(self, folder: Path) -> list[Pair]:
+        images, masks = self._by_stem(folder / "images"), self._by_stem(folder / "masks")
+        self._refuse(f"{folder}: {{}} images have no mask", [stem for stem in images if stem not in masks])
+        self._refuse(f"{folder}: {{}} masks have no image", [stem for stem in masks if stem not in images])
+        return [Pair(image, masks[stem]) for stem, image in images.items()]
+
+    def _listed_pairs(self, listing: Path) -> list[Pair]:
+        images, masks = self._by_stem(self.root / "images"), self._by_stem(self.root / "masks")
+        names = _lines(listing)
+        # a name with a suffix means that very file, not another of the same stem
+        unknown = [n for n in names if _stem(n) not in images or n not in (_stem(n), images[_stem(n)].name)]
+        self._refuse(f"{listing}: {{}} names are not in {self.root / 'images'}", unknown)
+        self._refuse(
+            f"{listing}: {{}} images have no mask", [name for name in names if _stem(name) not in masks]
+        )
+        return [Pair(images[_stem(name)], masks[_stem(name)]) for name in names]
+
+    def _by_stem(self, folder: Path) -> dict[str, Path]:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.name}: no folder {folder}; images and masks lie in folders so named"
+            )
+        files = list_images(folder)
+        by_stem = {file.stem: file for file in files}
+        double = [file.name for file in files if by_stem[file.stem] is not file]
+        self._refuse(f"{folder}: {{}} files share their stem with another", double)
+        return by_stem
+
+    def _refuse(self, complaint: str, names: list[str]) -> None:
+        if names:
+            raise ValueError(
+                f"{self.name}: {complaint.format(len(names))}: {', '.join(names[:3])}; add or remove files "
+                "so that each image has one mask of its stem"
+            )
+
+    def _refuse_overlap(self, split: Split) -> None:
+        own = self._listing(split)
+        for other in SPLITS:
+            both = sorted(own & self._listing(other)) if other != split else []
+            if both:
+                raise ValueError(
+                    f"{self.name}: {len(both)} images are in both {split} and {other}, first {both[0]}; list "
+                    "each image in one split only"
+                )
+
+    def _listing(self, split: Split) -> set[str]:
+        # by name alone: the images of another split need not be on this machine
+        if (listing := self.root / f"{split}.csv").is_file():
+            return {
+                os.path.normpath(pair.image.parent / _stem(pair.image.name)) for pair in csv_pairs(listing)
+            }
+        if (listing := self.root / f"{split}.txt").is_file():
+            return {os.path.normpath(self.root / "images" / _stem(name)) for name in _lines(listing)}
+        return set()
+
+
+def _lines(listing: Path) -> list[str]:
+    return [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _stem(name: str) -> str:
+    path = Path(name)
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else name

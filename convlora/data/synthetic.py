@@ -1,0 +1,249 @@
+"""Camouflaged objects drawn from a seed, so that a first run needs no download.
+
+A scene is a field of tone, coloured by one earthy palette. An object has the tones of its ground and differs
+from it in texture, slightly in colour, and by the shading of its edge. Distractors differ in tone and colour
+only, so that neither finds the objects.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import albumentations as A
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+from convlora.data.base import SPLITS, Pair, SegmentationDataModule, Split
+from convlora.data.transforms import Resize
+
+Array = NDArray[np.float32]
+
+DIAMETERS = (0.025, 0.8)  # of a disc of the object's area, as a part of the image's side
+OBJECTS = (0.05, 0.70, 0.17, 0.08)  # share of scenes with 0, 1, 2 and 3 objects
+_SUBPIXEL = 4  # fractional bits of OpenCV's coordinates
+
+
+class Synthetic(SegmentationDataModule):
+    """Scenes drawn when they are read; scene i of a split depends on nothing but `scene_seed`, split and i.
+
+    Args:
+        train_size: number of scenes.
+        val_size: number of scenes.
+        test_size: number of scenes.
+        size: side of a scene, px.
+        class_names: of the foreground class.
+        resize: see `SegmentationDataModule`, as for the rest.
+        augment: see there.
+        batch_size: see there.
+        num_workers: see there.
+        seed: see there; it does not change the scenes.
+        scene_seed: of all scenes.
+    """
+
+    def __init__(
+        self,
+        train_size: int,
+        val_size: int,
+        test_size: int,
+        size: int,
+        class_names: Sequence[str],
+        resize: Resize,
+        augment: A.Compose,
+        batch_size: int = 8,
+        num_workers: int = 2,
+        seed: int = 0,
+        scene_seed: int = 0,
+    ):
+        super().__init__("synthetic", "synthetic", class_names, resize, augment, batch_size, num_workers, seed)
+        self.sizes = {"train": train_size, "val": val_size, "test": test_size}
+        self.size = size
+        self.scene_seed = scene_seed
+
+    def pairs(self, split: Split) -> list[Pair]:
+        """Name the scenes of a split by paths at which no file lies."""
+        folder = self.root / split
+        return [
+            Pair(folder / "images" / f"{i:05}.png", folder / "masks" / f"{i:05}.png")
+            for i in range(self.sizes[split])
+        ]
+
+    def read(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Draw the scene that `pair` names."""
+        split, index = SPLITS.index(pair.image.parts[-3]), int(pair.image.stem)  # type: ignore[arg-type]
+        return draw_scene(np.random.default_rng([self.scene_seed, split, index]), self.size)
+
+
+@dataclass(frozen=True)
+class Texture:
+    """Band-limited noise.
+
+    Attributes:
+        wavelength: of the middle of the band, as a part of the image's side.
+        angle: of the direction in which the tone varies most, radians.
+        focus: concentration on that direction; 0 is isotropic.
+        contrast: standard deviation of the tone.
+    """
+
+    wavelength: float
+    angle: float
+    focus: float
+    contrast: float
+
+    def draw(self, rng: np.random.Generator, size: int) -> Array:
+        """Return tones [size, size] of mean 0."""
+        octave, cosine, sine = _frequencies(size)
+        octave = octave + np.float32(np.log2(self.wavelength * size))
+        turn = cosine * np.float32(np.cos(2 * self.angle)) + sine * np.float32(np.sin(2 * self.angle))
+        band = np.exp(np.float32(self.focus) * (turn - 1) - np.float32(1.2) * octave**2)
+        band[0, 0] = 0
+        noise = rng.standard_normal((*band.shape, 2), np.float32).view(np.complex64)[..., 0]
+        tones: Array = fft.irfft2(band * noise, (size, size))
+        return tones * np.float32(self.contrast / tones.std())
+
+
+def draw_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Draw image [size, size, 3] and mask [size, size], 0 or 1."""
+    ground = _ground_texture(rng)
+    light = rng.uniform(0, 2 * np.pi)
+    unevenness = _smooth(rng, size, 10, rng.uniform(0.2, 0.5))
+    tone = ground.draw(rng, size) + unevenness
+    tint = _smooth(rng, size, 5, 0.015)
+    shade = _illumination(rng, size, light)
+    _add_distractors(rng, tone, tint)
+    mask = np.zeros((size, size), np.uint8)
+    for _ in range(rng.choice(len(OBJECTS), p=OBJECTS)):
+        diameter = _diameter(rng)
+        cover = _cover(rng, size, diameter)
+        # a small object shows little texture, so it differs more in tone
+        shift = rng.choice([-1, 1]) * rng.uniform(0.2, 0.45) * (1 + 0.05 / diameter)
+        skin = _object_texture(rng, ground, diameter).draw(rng, size) + unevenness + np.float32(shift)
+        tone += cover * (skin - tone)
+        tint += cover * np.float32(rng.normal(0, 0.02))
+        shade *= _relief(cover, diameter * size, light)
+        mask |= (cover >= 0.5).astype(np.uint8)
+    tone += rng.standard_normal((size, size), np.float32) * np.float32(0.15)
+    color = _color(rng, tone, tint) * shade[..., None]
+    return np.clip(color, 0, 255).astype(np.uint8), mask
+
+
+def _diameter(rng: np.random.Generator) -> float:
+    low, high = np.log(DIAMETERS)
+    return float(np.exp(rng.uniform(low, high)))
+
+
+def _ground_texture(rng: np.random.Generator) -> Texture:
+    return Texture(
+        wavelength=float(np.exp(rng.uniform(np.log(0.02), np.log(0.07)))),
+        angle=rng.uniform(0, np.pi),
+        focus=rng.uniform(0, 4),
+        contrast=rng.uniform(0.6, 0.9),
+    )
+
+
+def _object_texture(rng: np.random.Generator, ground: Texture, diameter: float) -> Texture:
+    """Texture of another scale and direction than the ground's, fine enough to show on the object."""
+    ratio = 2 ** rng.uniform(0.8, 1.6)
+    finer = ground.wavelength > 0.035
+    return Texture(
+        wavelength=min(ground.wavelength / ratio if finer else ground.wavelength * ratio, diameter / 2),
+        angle=ground.angle + rng.uniform(np.pi / 4, 3 * np.pi / 4),
+        focus=rng.uniform(0, 4),
+        contrast=ground.contrast * rng.uniform(0.8, 1.3),
+    )
+
+
+@lru_cache(maxsize=2)
+def _frequencies(size: int) -> tuple[Array, Array, Array]:
+    """Return log2 of the frequency (cycles per pixel) and cosine and sine of twice its direction."""
+    y = fft.fftfreq(size).astype(np.float32)[:, None]
+    x = fft.rfftfreq(size).astype(np.float32)[None]
+    square = np.maximum(x**2 + y**2, np.float32(1e-12))
+    return np.log2(square) / 2, (x**2 - y**2) / square, 2 * x * y / square
+
+
+def _outline(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Outline [points, 2] of a blob (radius by Fourier series) or of a bent, tapering animal, of area 1."""
+    if rng.random() < 0.6:
+        angle = np.linspace(0, 2 * np.pi, 120, endpoint=False)
+        order = np.arange(2, 8)[:, None]
+        wave = np.cos(order * angle + rng.uniform(0, 2 * np.pi, order.shape))
+        radius = np.exp((rng.normal(0, 0.5, order.shape) / order * wave).sum(0))
+        points = radius * np.exp(1j * angle)
+    else:
+        along = np.linspace(0, 1, 60)
+        bend = rng.uniform(-2, 2) * along + rng.uniform(-1.2, 1.2) * np.sin(2 * np.pi * along)
+        spine = np.cumsum(np.exp(1j * bend)) / 60
+        width = along**0.5 * (1 - along) ** rng.uniform(0.5, 1.2) * rng.uniform(0.2, 0.45)
+        width *= 1 + rng.uniform(0, 0.35) * np.sin(2 * np.pi * (rng.uniform(1.5, 3) * along + rng.random()))
+        normal = 1j * np.exp(1j * bend)
+        points = np.concatenate([spine + width * normal, (spine - width * normal)[::-1]])
+        points = points - spine.mean()
+    points = points * np.exp(1j * rng.uniform(0, 2 * np.pi))
+    area = abs((points.conj() * np.roll(points, -1)).imag.sum()) / 2
+    return np.stack([points.real, points.imag], -1) / np.sqrt(area)
+
+
+def _cover(rng: np.random.Generator, size: int, diameter: float) -> Array:
+    """Return the part of each pixel [size, size] that an object of `diameter` covers."""
+    margin = min(0.3 * diameter + 0.02, 0.5)
+    outline = _outline(rng) * diameter * np.sqrt(np.pi) / 2 + rng.uniform(margin, 1 - margin, 2)
+    canvas = np.zeros((size, size), np.uint8)
+    corners = np.rint((outline * size - 0.5) * 2**_SUBPIXEL).astype(np.int32)
+    cv2.fillPoly(canvas, [corners], 255, cv2.LINE_AA, _SUBPIXEL)
+    return canvas.astype(np.float32) / 255
+
+
+def _add_distractors(rng: np.random.Generator, tone: Array, tint: Array) -> None:
+    """Add patches that keep the ground's texture, and twigs."""
+    size = len(tone)
+    for _ in range(rng.integers(2, 5)):
+        diameter = _diameter(rng)
+        patch = cv2.blur(_cover(rng, size, diameter), (2 * round(0.06 * diameter * size) + 1,) * 2)
+        tone += patch * np.float32(rng.normal(0, 0.6))
+        tint += patch * np.float32(rng.normal(0, 0.025))
+    twigs = np.zeros((size, size), np.uint8)
+    for _ in range(rng.integers(0, 8)):
+        steps = np.concatenate([rng.uniform(0, size, (1, 2)), rng.normal(0, 0.08 * size, (3, 2))])
+        corners = np.rint(steps.cumsum(0) * 2**_SUBPIXEL).astype(np.int32)
+        width = max(1, round(rng.uniform(0.004, 0.012) * size))
+        cv2.polylines(twigs, [corners], False, 255, width, cv2.LINE_AA, _SUBPIXEL)
+    tone += twigs * np.float32(rng.choice([-1, 1]) * rng.uniform(0.6, 1.3) / 255)
+
+
+def _smooth(rng: np.random.Generator, size: int, cells: int, contrast: float) -> Array:
+    """Return a slowly varying field [size, size] with `cells` bumps along each side."""
+    grid = rng.normal(0, contrast, (cells, cells)).astype(np.float32)
+    return np.asarray(cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC), np.float32)
+
+
+def _illumination(rng: np.random.Generator, size: int, light: float) -> Array:
+    """Return brightness that rises towards the light, with soft shadows."""
+    slope = np.linspace(-1, 1, size, dtype=np.float32) * np.float32(rng.uniform(0, 0.25))
+    gradient = slope * np.float32(np.cos(light)) + slope[:, None] * np.float32(np.sin(light))
+    return 1 + gradient + _smooth(rng, size, 4, 0.1)
+
+
+def _relief(cover: Array, diameter: float, light: float) -> Array:
+    """Return the brightness of a rounded object: lit and shaded sides, and a shadow on the ground."""
+    soft = cv2.blur(cover, (2 * max(1, round(0.07 * diameter)) + 1,) * 2)
+    reach = max(1.0, 0.05 * diameter)
+    x, y = reach * np.cos(light), reach * np.sin(light)
+    away = cv2.warpAffine(soft, np.array([[1, 0, -x], [0, 1, -y]]), soft.shape, borderMode=cv2.BORDER_REPLICATE)
+    return 1 + cover * np.float32(0.25) * (soft - 1) + np.float32(0.3) * (soft - away)
+
+
+def _color(rng: np.random.Generator, tone: Array, tint: Array) -> Array:
+    """Colour tones by an earthy ramp from dark (-2) to light (2), shifted in chroma by `tint`; 0..255."""
+    hue = rng.uniform(20, 110) + rng.uniform(-15, 15, 3)  # degrees, brown to green
+    saturation = rng.uniform(0.1, 0.45) * rng.uniform(0.7, 1.3, 3)
+    value = [rng.uniform(0.1, 0.25), rng.uniform(0.35, 0.5), rng.uniform(0.65, 0.9)]
+    hsv = np.stack([hue, saturation, value], -1)[None].astype(np.float32)
+    palette = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0]
+    ramp = np.linspace(-2, 2, 256)
+    table = np.stack([np.interp(ramp, (-2, 0, 2), channel) for channel in palette.T], -1).astype(np.float32)
+    color = table[np.clip(tone * 64 + 128, 0, 255).astype(np.uint8)]
+    chroma = np.array([[255, rng.uniform(-255, 255), -255]], np.float32)  # red or orange against blue or teal
+    return color + tint[..., None] * chroma

@@ -1,0 +1,5 @@
+"""Scores of a predicted probability map against a mask, at the image's own size.
+
+A score is a pure function of one image: `prob` is an 8-bit probability map uint8 [h, w], 0 to 255, just as
+`convlora.predict` writes it, `mask` a boolean array [h, w]. `base.ImageMean` averages it over images.
+"""

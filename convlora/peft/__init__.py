@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning methods: each injects trainable parts into a frozen image encoder."""

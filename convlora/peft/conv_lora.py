@@ -1,0 +1,147 @@
+"""Conv-LoRA: a mixture of multi-scale convolution experts in LoRA's bottleneck.
+
+Zhong, Tang, He, Fang, Yuan, "Convolution Meets LoRA: Parameter Efficient Finetuning for Segment Anything
+Model", ICLR 2024, arXiv:2401.17868. The paper's equation and the code that produced its numbers differ; each
+is a class here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from convlora.peft.base import replace_linears
+from convlora.peft.conv_experts import ConvExperts
+from convlora.peft.gating import NoisyTopKGate
+from convlora.peft.lora import LoRALinear
+
+
+class ConvLoRALinear(LoRALinear):
+    """The released form: y = W x + (alpha / rank) B (z + sum_i G(z)_i E_i(z)) with z = A x and GELU experts.
+
+    The gate chooses per map: per window in windowed attention, per image in global attention.
+
+    Args:
+        base: the frozen layer.
+        rank: channels of the bottleneck.
+        alpha: scale of the update, in units of the rank.
+        num_experts: experts at scales 1 to `num_experts`.
+        top_k: experts per map.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, num_experts: int, top_k: int):
+        super().__init__(base, rank, alpha)
+        self.gate = NoisyTopKGate(rank, num_experts, top_k)
+        self.experts = ConvExperts(rank, num_experts, nn.GELU())
+
+    def bottleneck(self, z: Tensor) -> Tensor:
+        """Add the chosen experts' output to the tokens [n, h, w, rank] or [n, l, rank], l a square window."""
+        grid = as_grid(z)
+        return z + self.experts(grid, self.gate(grid)).reshape(z.shape)
+
+
+class ConvLoRAEquationLinear(LoRALinear):
+    """The paper's equation: y = W x + B (sum_i G(z)_i E_i(z)) with z = A x and linear experts.
+
+    Args:
+        base: the frozen layer.
+        rank: channels of the bottleneck.
+        num_experts: experts at scales 1 to `num_experts`.
+        top_k: experts per map.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, num_experts: int, top_k: int):
+        super().__init__(base, rank, alpha=rank)
+        self.gate = NoisyTopKGate(rank, num_experts, top_k)
+        self.experts = ConvExperts(rank, num_experts, nn.Identity())
+
+    def bottleneck(self, z: Tensor) -> Tensor:
+        """Replace the tokens [n, h, w, rank] or [n, l, rank] by the chosen experts' output."""
+        grid = as_grid(z)
+        return self.experts(grid, self.gate(grid)).reshape(z.shape)
+
+
+def as_grid(tokens: Tensor) -> Tensor:
+    """Return tokens as maps [n, h, w, c]; windows [n, l, c] must be square.
+
+    Raises:
+        ValueError: the tokens have no grid.
+    """
+    if tokens.ndim == 4:
+        return tokens
+    side = math.isqrt(tokens.shape[1]) if tokens.ndim == 3 else 0
+    if side == 0 or side * side != tokens.shape[1]:
+        raise ValueError(
+            f"Conv-LoRA needs tokens on a grid, [n, h, w, c] or square windows [n, l, c], got "
+            f"{list(tokens.shape)}; choose other peft.targets or peft=lora"
+        )
+    return tokens.unflatten(1, (side, side))
+
+
+@dataclass(frozen=True)
+class ConvLoRA:
+    """Conv-LoRA as the authors released it, the form behind the published numbers.
+
+    Args:
+        rank: channels of the bottleneck.
+        alpha: scale of the update, in units of the rank.
+        num_experts: experts at scales 1 to `num_experts`.
+        top_k: experts per map, at most `num_experts`.
+        targets: ends of the names of the adapted layers.
+    """
+
+    rank: int = 3
+    alpha: float = 32.0
+    num_experts: int = 8
+    top_k: int = 1
+    targets: Sequence[str] = ("qkv",)
+
+    def __post_init__(self) -> None:
+        check_mixture(self.rank, self.num_experts, self.top_k)
+
+    def inject(self, encoder: nn.Module) -> nn.Module:
+        """Adapt the encoder in place and return it."""
+        replace_linears(
+            encoder,
+            self.targets,
+            lambda base: ConvLoRALinear(base, self.rank, self.alpha, self.num_experts, self.top_k),
+        )
+        return encoder
+
+
+@dataclass(frozen=True)
+class ConvLoRAEquation:
+    """Conv-LoRA as the paper writes it: no residual in the bottleneck, linear experts, no alpha.
+
+    Args:
+        rank: channels of the bottleneck.
+        num_experts: experts at scales 1 to `num_experts`.
+        top_k: experts per map, at most `num_experts`.
+        targets: ends of the names of the adapted layers.
+    """
+
+    rank: int = 3
+    num_experts: int = 8
+    top_k: int = 1
+    targets: Sequence[str] = ("qkv",)
+
+    def __post_init__(self) -> None:
+        check_mixture(self.rank, self.num_experts, self.top_k)
+
+    def inject(self, encoder: nn.Module) -> nn.Module:
+        """Adapt the encoder in place and return it."""
+        replace_linears(
+            encoder,
+            self.targets,
+            lambda base: ConvLoRAEquationLinear(base, self.rank, self.num_experts, self.top_k),
+        )
+        return encoder
+
+
+def check_mixture(rank: int, num_experts: int, top_k: int) -> None:
+    """Refuse settings that make no mixture of experts."""
+    if rank < 1:
+        raise ValueError(f"peft.rank={rank} must be at least 1")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"peft.top_k={top_k} must lie between 1 and peft.num_experts={num_experts}")

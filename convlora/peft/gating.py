@@ -1,0 +1,83 @@
+"""The gate of a mixture of experts: noisy top-k routing with a balance loss.
+
+Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", ICLR 2017,
+arXiv:1701.06538, equations 3 to 11 and appendix A.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convlora.peft.base import HasAuxLoss
+
+NOISE_FLOOR = 1e-2  # standard deviation of the noise that no training can remove
+BALANCE_WEIGHT = 1e-2
+
+
+class NoisyTopKGate(HasAuxLoss):
+    """Chooses `top_k` of `num_experts` experts for each map by the mean of its tokens.
+
+    With `top_k=1` the softmax over the one kept logit is the constant 1: the gate then learns from the
+    balance loss alone, which is how the published Conv-LoRA was trained. Always computes in float32, since
+    half precision makes the routing overflow.
+
+    Args:
+        channels: of the maps.
+        num_experts: to choose from.
+        top_k: experts kept per map.
+
+    Attributes:
+        aux_loss: balance loss of the last forward pass, 0.01 (CV^2(importance) + CV^2(load)).
+    """
+
+    def __init__(self, channels: int, num_experts: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.zeros(channels, num_experts))
+        self.noise_weight = nn.Parameter(torch.zeros(channels, num_experts))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return gates [n, num_experts] for maps [n, h, w, channels]: `top_k` positive weights of sum 1."""
+        with torch.autocast(z.device.type, enabled=False):
+            features = z.float().mean(dim=(1, 2))
+            clean = features @ self.weight.float()
+            if self.training:
+                std = F.softplus(features @ self.noise_weight.float()) + NOISE_FLOOR
+                logits = clean + torch.randn_like(clean) * std
+            else:
+                logits = clean
+            top = logits.topk(min(self.top_k + 1, logits.shape[1]))
+            kept = top.indices[:, : self.top_k]
+            weights = top.values[:, : self.top_k].softmax(dim=1)
+            gates = torch.zeros_like(logits).scatter(1, kept, weights)
+            if self.training and self.top_k < logits.shape[1]:
+                load = prob_in_top_k(clean, logits, std, top.values).sum(dim=0)
+            else:
+                load = (gates > 0).float().sum(dim=0)
+            self.aux_loss = BALANCE_WEIGHT * (cv_squared(gates.sum(dim=0)) + cv_squared(load))
+        return gates
+
+
+def prob_in_top_k(clean: Tensor, noisy: Tensor, std: Tensor, top_values: Tensor) -> Tensor:
+    """Probability that each expert stays among the chosen under fresh noise of its own (appendix A).
+
+    Args:
+        clean: logits without noise [n, e].
+        noisy: the logits that were used [n, e].
+        std: standard deviation of the noise [n, e].
+        top_values: the k + 1 largest of `noisy`, descending [n, k + 1].
+
+    Returns:
+        Probabilities [n, e], differentiable in `clean` and `std`.
+    """
+    # The k-th largest of the others: an expert that is in competes with the first one left out.
+    to_stay_in, to_get_in = top_values[:, -1:], top_values[:, -2:-1]
+    threshold = torch.where(noisy > to_stay_in, to_stay_in, to_get_in)
+    return torch.special.ndtr((clean - threshold) / std)
+
+
+def cv_squared(x: Tensor) -> Tensor:
+    """Squared coefficient of variation of a vector, 0 for a single element."""
+    if x.numel() == 1:
+        return x.new_zeros(())
+    return x.var() / (x.mean() ** 2 + 1e-10)

@@ -1,0 +1,62 @@
+"""LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): a trainable update of low rank beside a frozen linear layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from convlora.peft.base import replace_linears
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with its low-rank update: y = W x + (alpha / rank) B A x.
+
+    A starts as PyTorch initialises a linear layer and B at zero, so the adapted layer starts as the frozen one.
+
+    Args:
+        base: the frozen layer.
+        rank: of the update.
+        alpha: scale of the update, in units of the rank.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base = base
+        self.lora_a = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_b = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+        self.scaling = alpha / rank
+
+    def bottleneck(self, z: Tensor) -> Tensor:
+        """Map the tokens between A and B, [..., rank] to [..., rank]; plain LoRA leaves them as they are."""
+        return z
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., c_in] to [..., c_out]."""
+        update: Tensor = self.lora_b(self.bottleneck(self.lora_a(x)))
+        y: Tensor = self.base(x) + self.scaling * update
+        return y
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Plain LoRA on the linear layers named by `targets`.
+
+    Args:
+        rank: of the update, at least 1.
+        alpha: scale of the update, in units of the rank.
+        targets: ends of the names of the adapted layers.
+    """
+
+    rank: int = 3
+    alpha: float = 32.0
+    targets: Sequence[str] = ("qkv",)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"peft.rank={self.rank} must be at least 1")
+
+    def inject(self, encoder: nn.Module) -> nn.Module:
+        """Adapt the encoder in place and return it."""
+        replace_linears(encoder, self.targets, lambda base: LoRALinear(base, self.rank, self.alpha))
+        return encoder

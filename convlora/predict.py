@@ -1,0 +1,184 @@
+"""Segment images: `python -m convlora.predict checkpoint=RUN/adapter.safetensors input=photos/ output=masks/`."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from convlora.build import Config, command, load_adapter, make
+from convlora.callbacks import draw_contours
+from convlora.data.images import list_images, read_image
+from convlora.data.transforms import Resize, eval_transform
+from convlora.metrics.overlap import THRESHOLD
+from convlora.segmenter import Segmenter, restore_size, to_gray
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The keys of conf/predict.yaml, where they are explained."""
+
+    checkpoint: str
+    input: str
+    output: str
+    probabilities: bool
+    overlays: bool
+    batch_size: int
+    num_workers: int
+    device: str
+    model: Config
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One image as the network takes it, or why it could not be read."""
+
+    path: Path
+    pixels: Tensor | None = None
+    size: tuple[int, int] = (0, 0)
+    error: str = ""
+
+
+class Images(Dataset[Loaded]):
+    """Image files; one that cannot be read comes with its error instead of pixels."""
+
+    def __init__(self, paths: Sequence[Path], resize: Resize):
+        self.paths = paths
+        self.transform = eval_transform(resize)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Loaded:
+        path = self.paths[index]
+        try:
+            image = read_image(path)
+        except (OSError, ValueError) as error:
+            return Loaded(path, error=str(error))
+        return Loaded(path, self.transform(image=image)["image"], image.shape[:2])
+
+
+def predict(config: PredictConfig) -> None:
+    """Write a mask for every image of a file or folder.
+
+    Raises:
+        SystemExit: with code 1 where an image could not be read; all others are done by then.
+    """
+    source, output = Path(config.input), Path(config.output)
+    paths = find_images(source, output)
+    adapter = load_adapter(config.checkpoint, config.model["weights"])
+    device = pick_device(config.device)
+    segmenter = adapter.segmenter.to(device)
+    resize: Resize = make("resize", adapter.resize)
+    names = name_outputs(paths, source)
+    loader = DataLoader(
+        Images(paths, resize),
+        config.batch_size,
+        num_workers=config.num_workers,
+        collate_fn=list,
+        pin_memory=device.type == "cuda",
+    )
+    failures: list[Loaded] = []
+    console = Console(highlight=False, soft_wrap=True)
+    columns = ("predict", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress, torch.inference_mode():
+        bar = progress.add_task("predict", total=len(paths))
+        for batch in loader:
+            good = [item for item in batch if item.pixels is not None]
+            failures += [item for item in batch if item.pixels is None]
+            for item, gray in zip(good, probabilities(segmenter, good, resize, device), strict=True):
+                write(output, names[item.path], item.path, gray, config)
+            progress.advance(bar, len(batch))
+    console.print(f"{len(paths) - len(failures)} of {len(paths)} masks written to {output}")
+    if failures:
+        for item in failures:
+            print(f"error: {item.error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1)
+
+
+def probabilities(
+    segmenter: Segmenter, items: Sequence[Loaded], resize: Resize, device: torch.device
+) -> list[NDArray[np.uint8]]:
+    """Return the 8-bit probability map of each image at its own size."""
+    if not items:
+        return []
+    images = torch.stack([item.pixels for item in items if item.pixels is not None]).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = segmenter(images)
+    maps = [
+        to_gray(restore_size(logit, resize.content(*item.size), item.size))
+        for logit, item in zip(logits, items, strict=True)
+    ]
+    return [gray[0].cpu().numpy() for gray in maps]
+
+
+def write(output: Path, name: str, source: Path, gray: NDArray[np.uint8], config: PredictConfig) -> None:
+    """Write the mask of one image and what else was asked for."""
+    found = gray >= THRESHOLD
+    pictures: dict[str, Callable[[], NDArray[np.uint8]]] = {"": lambda: found.astype(np.uint8) * 255}
+    if config.probabilities:
+        pictures["probabilities"] = lambda: gray
+    if config.overlays:
+        pictures["overlays"] = lambda: draw_contours(read_image(source), found)[..., ::-1]
+    for folder, picture in pictures.items():
+        path = output / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not cv2.imwrite(str(path), picture()):
+            raise OSError(f"could not write {path}; is there room on the disk?")
+
+
+def find_images(source: Path, output: Path) -> list[Path]:
+    """Return the images at `source`.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or no images in it.
+        ValueError: the output would overwrite the input.
+    """
+    if source.is_file():
+        paths, folder = [source], source.parent
+    elif source.is_dir():
+        found, folder = list_images(source, recursive=True), source
+        paths = [path for path in found if output.resolve() not in path.resolve().parents]
+    else:
+        raise FileNotFoundError(f"input={source}: no such file or folder")
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"output={output} is the input's folder, masks would replace images; choose another")
+    if not paths:
+        raise FileNotFoundError(f"input={source}: no images in it")
+    return paths
+
+
+def name_outputs(paths: Sequence[Path], source: Path) -> dict[Path, str]:
+    """Return the mask's file name for each image: the image's stem, or its whole name where stems clash."""
+    root = source if source.is_dir() else source.parent
+    names = {path: path.relative_to(root) for path in paths}
+    stems = Counter(name.with_suffix("") for name in names.values())
+    return {
+        path: f"{name.with_suffix('') if stems[name.with_suffix('')] == 1 else name}.png"
+        for path, name in names.items()
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name, `auto` being a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name} is no device; use auto, cpu or cuda") from error
+
+
+main = command("predict", PredictConfig, predict)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Backbones: segment-anything's modules, their variants and their public weights."""

@@ -1,0 +1,305 @@
+"""Builders of Segment Anything backbones and the loading of their public checkpoints, strictly by key.
+
+A backbone is a frozen dataclass (`Backbone`): `build()` makes the architecture with random weights,
+`convert()` renames and resamples a public checkpoint to it. `load_backbone` does both and returns the hash
+by which an adapter recognises the weights it was trained on.
+"""
+
+import hashlib
+import logging
+import math
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from torch import Tensor, nn
+
+from convlora.sam.tiny_vit import TinyViTEncoder, convert_mobile_sam
+
+log = logging.getLogger(__name__)
+
+
+class Sam(nn.Module):
+    """The three parts of a Segment Anything Model under the names that public checkpoints use."""
+
+    def __init__(self, image_encoder: nn.Module, prompt_encoder: PromptEncoder, mask_decoder: MaskDecoder):
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+
+
+class Backbone(Protocol):
+    """A SAM variant at one input size."""
+
+    @property
+    def name(self) -> str:
+        """What adapters and messages call the backbone."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square network input in pixels."""
+
+    @property
+    def weights(self) -> str | None:
+        """Checkpoint file, or None for the one at `url`."""
+
+    @property
+    def url(self) -> str | None:
+        """Where the public checkpoint lies; None where there is none, and random weights are used."""
+
+    def build(self) -> Sam:
+        """Return the architecture with random weights; also works under `torch.device("meta")`."""
+
+    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a public checkpoint under the keys and shapes of `build()` at this image size."""
+
+
+@dataclass(frozen=True)
+class SamViT:
+    """SAM with a plain ViT: windowed blocks, and global blocks at `global_attn_indexes`.
+
+    Args:
+        name: of the backbone.
+        embed_dim: channels of the encoder.
+        depth: number of blocks.
+        num_heads: attention heads.
+        global_attn_indexes: blocks with attention over the whole grid.
+        image_size: side of the input in pixels, a multiple of `patch_size`.
+        weights: checkpoint file; None takes the one at `url`, or random weights where that is None too.
+        url: official checkpoint.
+        patch_size: side of a patch in pixels.
+        window_size: side of a window in tokens.
+        decoder_dim: channels of the neck, the prompt encoder and the mask decoder.
+        decoder_mlp_dim: hidden channels of the decoder's transformer.
+    """
+
+    name: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_attn_indexes: Sequence[int]
+    image_size: int = 1024
+    weights: str | None = None
+    url: str | None = None
+    patch_size: int = 16
+    window_size: int = 14
+    decoder_dim: int = 256
+    decoder_mlp_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        _check_image_size(self.name, self.image_size, self.patch_size)
+
+    def build(self) -> Sam:
+        """Return the architecture with random weights."""
+        encoder = ImageEncoderViT(
+            img_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.embed_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            out_chans=self.decoder_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=self.window_size,
+            global_attn_indexes=tuple(self.global_attn_indexes),
+        )
+        return _sam(encoder, self.image_size, self.patch_size, self.decoder_dim, self.decoder_mlp_dim)
+
+    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the checkpoint with its position tables resampled to this image size."""
+        grid = self.image_size // self.patch_size
+        state = dict(state)
+        key = "image_encoder.pos_embed"
+        if key in state and state[key].ndim == 4:
+            state[key] = resample_grid(state[key], grid)
+        for index in self.global_attn_indexes:
+            for axis in ("h", "w"):
+                key = f"image_encoder.blocks.{index}.attn.rel_pos_{axis}"
+                if key in state and state[key].ndim == 2:
+                    state[key] = resample_offsets(state[key], 2 * grid - 1)
+        return state
+
+
+@dataclass(frozen=True)
+class MobileSam:
+    """MobileSAM: TinyViT-5M distilled from SAM's ViT-H, with SAM's own prompt encoder and mask decoder.
+
+    Zhang et al., "Faster Segment Anything", 2023, arXiv:2306.14289.
+
+    Args:
+        name: of the backbone.
+        image_size: side of the input in pixels, a multiple of 16.
+        weights: checkpoint file; None takes the one at `url`.
+        url: official checkpoint.
+    """
+
+    name: str
+    image_size: int = 1024
+    weights: str | None = None
+    url: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_image_size(self.name, self.image_size, TinyViTEncoder.stride)
+
+    def build(self) -> Sam:
+        """Return the architecture with random weights."""
+        return _sam(TinyViTEncoder(), self.image_size, TinyViTEncoder.stride, dim=256, mlp_dim=2048)
+
+    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the checkpoint under this encoder's names; it has no tables that depend on the size."""
+        return convert_mobile_sam(state)
+
+
+def load_backbone(backbone: Backbone) -> tuple[Sam, str]:
+    """Build a backbone and fill it with its weights.
+
+    Returns:
+        The model and the SHA-256 (hex) of the weights: of the checkpoint file, or of the tensors where the
+        weights are random. Random weights are the same in every process.
+
+    Raises:
+        FileNotFoundError: no file at `backbone.weights`.
+        OSError: the download failed.
+        ValueError: the file is truncated, holds code, or does not fit the backbone.
+    """
+    if backbone.weights is None and backbone.url is None:
+        log.warning("%s: random frozen weights, there is no public checkpoint of it", backbone.name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            sam = backbone.build()
+        return sam, _hash_tensors(sam.state_dict())
+    path = Path(backbone.weights).expanduser() if backbone.weights else _download(backbone)
+    if not path.is_file():
+        raise FileNotFoundError(f"{backbone.name}: no weights file at {path}; set model.weights=PATH")
+    state = backbone.convert(_read_checkpoint(backbone.name, path))
+    sam = backbone.build()
+    _check_fit(backbone.name, path, state, sam.state_dict())
+    sam.load_state_dict(state)
+    return sam, _hash_file(path)
+
+
+def resample_grid(table: Tensor, grid: int) -> Tensor:
+    """Resample absolute position embeddings [1, h, w, c] to [1, grid, grid, c], bicubic."""
+    if table.shape[1:3] == (grid, grid):
+        return table
+    maps = F.interpolate(table.permute(0, 3, 1, 2), size=(grid, grid), mode="bicubic", align_corners=False)
+    return maps.permute(0, 2, 3, 1)
+
+
+def resample_offsets(table: Tensor, length: int) -> Tensor:
+    """Resample relative position embeddings [offsets, c] to [length, c], linear as segment-anything does."""
+    if len(table) == length:
+        return table
+    return F.interpolate(table.T[None], size=length, mode="linear")[0].T
+
+
+def _sam(encoder: nn.Module, image_size: int, patch_size: int, dim: int, mlp_dim: int) -> Sam:
+    grid = image_size // patch_size
+    prompt_encoder = PromptEncoder(
+        embed_dim=dim,
+        image_embedding_size=(grid, grid),
+        input_image_size=(image_size, image_size),
+        mask_in_chans=16,
+    )
+    transformer = TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=mlp_dim, num_heads=8)
+    mask_decoder = MaskDecoder(transformer_dim=dim, transformer=transformer)
+    return Sam(encoder, prompt_encoder, mask_decoder).eval()
+
+
+def _check_image_size(name: str, image_size: int, patch_size: int) -> None:
+    if image_size <= 0 or image_size % patch_size:
+        nearest = max(1, round(image_size / patch_size)) * patch_size
+        raise ValueError(
+            f"{name}: model.image_size={image_size} is not a positive multiple of the patch size "
+            f"{patch_size}; try model.image_size={nearest}"
+        )
+
+
+def _download(backbone: Backbone) -> Path:
+    """Return the cached official checkpoint, fetching it where needed.
+
+    Official names end in the first digits of the file's SHA-256, which is checked here.
+    """
+    assert backbone.url is not None
+    path = Path(torch.hub.get_dir()) / "checkpoints" / backbone.url.rsplit("/", 1)[-1]
+    found = re.search(r"_([0-9a-f]{6,})\.\w+$", path.name)
+    prefix = found.group(1) if found else None
+    if not path.is_file():
+        log.info("%s: downloading %s to %s", backbone.name, backbone.url, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(backbone.url, str(path), hash_prefix=prefix)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"{backbone.name}: could not download {backbone.url} ({error}); "
+                "fetch it by hand and set model.weights=PATH"
+            ) from error
+    elif prefix and not _hash_file(path).startswith(prefix):
+        raise ValueError(
+            f"{backbone.name}: SHA-256 of {path} does not start with {prefix}; delete it to download it again"
+        )
+    return path
+
+
+def _read_checkpoint(name: str, path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors; anything else in it, code above all, is refused and never run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{name}: {path} is not a plain file of tensors (truncated, or a pickle that could run code) and "
+            f"was not loaded; take the official checkpoint. {_first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name}: {path} is truncated or damaged; fetch it again. {_first_line(error)}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{name}: {path} holds no dictionary of tensors; take the official checkpoint")
+    return state
+
+
+def _check_fit(name: str, path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing = sorted(expected.keys() - state.keys())
+    unknown = sorted(state.keys() - expected.keys())
+    shapes = [key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape]
+    problems = [
+        f"{len(keys)} {what} (first {keys[0]})"
+        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes)))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"{name}: {path} holds another model; of {len(expected)} tensors, {', '.join(problems)}. "
+            "Take the checkpoint of this backbone, or the model= that the file belongs to"
+        )
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_tensors(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {math.prod(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

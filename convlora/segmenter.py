@@ -1,0 +1,130 @@
+"""The prompt-free segmenter: what is trained, predicted with and exported."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convlora.peft.base import Method
+from convlora.sam.zoo import Sam
+
+
+class MaskDecoder(nn.Module):
+    """SAM's mask decoder without prompts: one mask token with its hypernetwork MLP per mask, no IoU head.
+
+    Every mask starts from SAM's token 0, the one for unambiguous prompts.
+
+    Args:
+        decoder: SAM's decoder; its parts are taken over.
+        num_masks: masks to predict.
+    """
+
+    def __init__(self, decoder: nn.Module, num_masks: int):
+        super().__init__()
+        self.transformer = decoder.transformer
+        self.iou_token = decoder.iou_token  # takes part in the attention between tokens
+        token = decoder.mask_tokens.weight.detach()[:1]
+        self.mask_tokens = nn.Embedding.from_pretrained(token.repeat(num_masks, 1), freeze=False)
+        self.output_upscaling = decoder.output_upscaling
+        mlp = decoder.output_hypernetworks_mlps[0]
+        self.output_hypernetworks_mlps = nn.ModuleList(deepcopy(mlp) for _ in range(num_masks))
+
+    def forward(self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor) -> Tensor:
+        """Return mask logits [n, num_masks, 4 h, 4 w].
+
+        Args:
+            embeddings: of the images [n, c, h, w].
+            position_encoding: of the grid [1, c, h, w].
+            dense_prompt: the embedding of "no mask" [1, c, h, w].
+        """
+        n, c, h, w = embeddings.shape
+        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(n, -1, -1)
+        tokens, features = self.transformer(
+            embeddings + dense_prompt, position_encoding.expand(n, -1, -1, -1), tokens
+        )
+        features = self.output_upscaling(features.transpose(1, 2).reshape(n, c, h, w))
+        kernels = [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
+        return torch.einsum("nkc,nchw->nkhw", torch.stack(kernels, dim=1), features)
+
+
+class Segmenter(nn.Module):
+    """A frozen SAM with an adapted image encoder and a trained mask decoder; it takes no prompts.
+
+    Args:
+        sam: the backbone; taken over, not copied.
+        method: how the frozen image encoder is adapted.
+        num_masks: masks per image, 1 for a binary task.
+    """
+
+    def __init__(self, sam: Sam, method: Method, num_masks: int = 1):
+        super().__init__()
+        sam.requires_grad_(False)
+        self._frozen = [*sam.image_encoder.modules(), *sam.prompt_encoder.modules()]
+        self.image_encoder = method.inject(sam.image_encoder)
+        self.prompt_encoder = sam.prompt_encoder
+        self.mask_decoder = MaskDecoder(sam.mask_decoder, num_masks).requires_grad_(True)
+        _, dense_prompt = self.prompt_encoder(points=None, boxes=None, masks=None)
+        self.register_buffer("dense_prompt", dense_prompt, persistent=False)
+        self.register_buffer("position_encoding", self.prompt_encoder.get_dense_pe(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return mask logits [n, num_masks, s, s] in float32 for normalised images [n, 3, s, s]."""
+        embeddings = self.image_encoder(images)
+        logits = self.mask_decoder(embeddings, self.position_encoding, self.dense_prompt)
+        return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Switch what is trained; the frozen modules stay in evaluation mode (statistics, dropout)."""
+        super().train(mode)
+        for module in self._frozen:
+            module.training = False
+        return self
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Return the trained tensors by name; they are all that an adapter file holds."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `trainable_state` gave, strictly.
+
+        Raises:
+            ValueError: names or shapes differ: another backbone, method, rank or number of classes.
+        """
+        own = self.trainable_state()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        shapes = [
+            f"{name} is {list(state[name].shape)} where {list(own[name].shape)} is expected"
+            for name in sorted(own.keys() & state.keys())
+            if state[name].shape != own[name].shape
+        ]
+        problems = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
+        problems += [f"{len(unknown)} unknown (first {unknown[0]})"] if unknown else []
+        problems += [f"{len(shapes)} of another shape (first {shapes[0]})"] if shapes else []
+        if problems:
+            raise ValueError(
+                f"the checkpoint's trained tensors do not fit: {', '.join(problems)}; it was made with another "
+                "backbone, method, rank or number of classes: use the settings it was trained with"
+            )
+        self.load_state_dict(dict(state), strict=False)
+
+
+def restore_size(logits: Tensor, content: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Bring logits back to an image's own size.
+
+    Args:
+        logits: of one network input [c, s, s].
+        content: height and width that the image fills at the input's top left.
+        size: height and width of the image.
+
+    Returns:
+        Logits [c, height, width], bilinear.
+    """
+    filled = logits[None, :, : content[0], : content[1]]
+    return F.interpolate(filled, size=size, mode="bilinear", align_corners=False)[0]
+
+
+def to_gray(logits: Tensor) -> Tensor:
+    """Return probabilities as 8-bit grey values, the form in which they are scored and written."""
+    return (torch.sigmoid(logits.float()) * 255).round().to(torch.uint8)

@@ -1,0 +1,137 @@
+"""The LightningModule: one step for three stages, the optimiser, and state that is the adapter's only."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, MetricCollection
+
+from convlora.data.base import Batch
+from convlora.peft.base import aux_loss
+from convlora.segmenter import Segmenter, restore_size, to_gray
+
+
+class SegmentationTask(LightningModule):
+    """Trains a segmenter and scores it at the images' own size.
+
+    Args:
+        segmenter: the model.
+        loss: of logits [n, 1, h, w] against masks of the same shape.
+        scores: per-image scores, fed one image at a time.
+        optimizer: makes the optimiser from the trainable parameters.
+        identity: what a checkpoint must have been made with, besides the shapes: name and hash of the base
+            weights. Stored in every Lightning checkpoint and compared on resume.
+        seed: of the random numbers drawn in training steps.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        loss: nn.Module,
+        scores: MetricCollection,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        identity: dict[str, str],
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.segmenter = segmenter
+        self.loss = loss
+        self.optimizer = optimizer
+        self.identity = identity
+        self.seed = seed
+        self.scores = nn.ModuleDict({stage: scores.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+        self.mean_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed the gate's noise by the position in training, so that a resumed run draws the same."""
+        position = [self.seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the segmentation loss plus the adapters' auxiliary loss."""
+        logits = self.segmenter(batch.images)
+        loss: Tensor = self.loss(logits, torch.stack(list(batch.masks))[:, None])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
+        aux = aux_loss(self.segmenter)
+        if aux is None:
+            return loss
+        self.log("train/aux_loss", aux, batch_size=len(logits))
+        return loss + aux
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score a batch of the validation set."""
+        self._score("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, dict[str, float]]:
+        """Score a batch of the test set; returns the scores of each image by name."""
+        return self._score("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the validation set."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the test set."""
+        self._log_scores("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimiser with a learning rate that falls linearly to 0, step by step."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the trained tensors only; the frozen ones are known by their hash."""
+        return self.segmenter.trainable_state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **kwargs: Any) -> None:
+        """Load what `state_dict` gave, strictly about trained tensors."""
+        self.segmenter.load_trainable_state(state_dict)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the tensors belong to."""
+        checkpoint["identity"] = self.identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other base weights."""
+        check_identity(checkpoint.get("identity", {}), self.identity)
+
+    def _score(self, stage: str, batch: Batch) -> dict[str, dict[str, float]]:
+        logits = self.segmenter(batch.images)
+        rows = {}
+        for name, mask, content, logit in zip(
+            batch.names, batch.masks, batch.contents, logits, strict=True
+        ):
+            native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
+            self.mean_loss[stage].update(self.loss(native[None], mask[None, None]))
+            values = self.scores[stage](to_gray(native[0]), mask)
+            rows[name] = {key.removeprefix(f"{stage}/"): value.item() for key, value in values.items()}
+        return rows
+
+    def _log_scores(self, stage: str) -> None:
+        self.log(f"{stage}/loss", self.mean_loss[stage].compute())
+        self.mean_loss[stage].reset()
+        scores = self.scores[stage]
+        assert isinstance(scores, MetricCollection)
+        self.log_dict({name: value.float() for name, value in scores.compute().items()}, prog_bar=stage == "val")
+        scores.reset()
+
+
+def check_identity(found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Compare the base weights that a checkpoint names with those in use.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"the checkpoint was trained on {key} {found.get(key, 'unknown')}, but here it is {value}; "
+                "set model= and model.weights= to what it was trained on"
+            )

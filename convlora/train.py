@@ -1,0 +1,247 @@
+"""Train: `python -m convlora.train dataset=kvasir model=sam_vit_b peft=conv_lora`."""
+
+import csv
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from convlora.build import Config, command, make, make_segmenter, outline_segmenter, save_adapter
+from convlora.callbacks import Overlays, ScoreTable, finish_wandb, render_scores
+from convlora.data.base import SegmentationDataModule
+from convlora.segmenter import Segmenter
+from convlora.task import SegmentationTask
+
+MEBIBYTE = 2**20
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The keys of conf/train.yaml, where they are explained."""
+
+    dataset: Config
+    model: Config
+    peft: Config
+    loss: Config
+    metrics: Config
+    optimizer: Config
+    trainer: Config
+    logger: Config
+    augment: Config
+    resize: Config
+    early_stopping: Config
+    seed: int
+    data_root: str
+    run_dir: str
+    ckpt_path: str | None
+    dry_run: bool
+    experiment: None = None
+
+
+def train(config: TrainConfig) -> float | None:
+    """Train, test the best epoch and write the run folder.
+
+    Returns:
+        The best validation score, which a sweep can optimise; None for a dry run.
+    """
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    data: SegmentationDataModule = make("dataset", config.dataset)
+    if config.dry_run:
+        trainer: Trainer = make("trainer", config.trainer, logger=False, enable_checkpointing=False)
+        announce(trainer, data, outline_segmenter(config.model, config.peft, data.num_masks), config, run_dir)
+        return None
+    ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
+    data.setup("fit")
+    data.setup("test")  # a missing test set should not come out after the training
+    seed_everything(config.seed, workers=True, verbose=False)
+    segmenter, identity = make_segmenter(config.model, config.peft, data.num_masks)
+    check_run_dir(run_dir, segmenter)
+    try:
+        task = SegmentationTask(
+            segmenter,
+            make("loss", config.loss),
+            make("metrics", config.metrics),
+            make("optimizer", config.optimizer),
+            identity,
+            config.seed,
+        )
+        return run(task, data, config, run_dir, ckpt_path)
+    finally:
+        finish_wandb()
+
+
+def run(
+    task: SegmentationTask, data: SegmentationDataModule, config: TrainConfig, run_dir: Path, ckpt_path: Path | None
+) -> float | None:
+    """Fit, test and write what a run leaves behind; returns the best validation score."""
+    table = ScoreTable()
+    best, last, *others = make_callbacks(config, run_dir, table)
+    loggers = make_loggers(config.logger, run_dir, ckpt_path)
+    trainer: Trainer = make(
+        "trainer",
+        config.trainer,
+        logger=loggers,
+        callbacks=[best, last, *others],
+        default_root_dir=str(run_dir),
+        use_distributed_sampler=False,  # the data module's samplers know the ranks
+        enable_model_summary=False,
+    )
+    if trainer.is_global_zero:
+        announce(trainer, data, task.segmenter, config, run_dir)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        for logger in loggers:
+            logger.log_hyperparams(flatten(asdict(config)))
+    start = time.monotonic()
+    trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
+    seconds = time.monotonic() - start
+    best_score = None if best.best_model_score is None else best.best_model_score.item()
+    scores = trainer.test(task, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)[0]
+    if trainer.is_global_zero:
+        save_adapter(
+            run_dir / "adapter.safetensors", task.segmenter, asdict(config), data.class_names, task.identity
+        )
+        summary = {
+            "test": {name.removeprefix("test/"): value for name, value in scores.items()},
+            config.early_stopping["monitor"]: best_score,
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "fit_seconds": round(seconds, 1),
+            "trainable_parameters": count(task.segmenter, trainable=True),
+            "total_parameters": count(task.segmenter),
+            **task.identity,
+        }
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        console.print(render_scores(f"{data.name}, test", summary["test"]))
+        console.print(f"adapter: {run_dir / 'adapter.safetensors'}")
+    return best_score
+
+
+def announce(
+    trainer: Trainer, data: SegmentationDataModule, segmenter: Segmenter, config: TrainConfig, run_dir: Path
+) -> None:
+    """Print what is about to be trained, before anything takes time."""
+    devices = trainer.num_devices * trainer.num_nodes
+    accumulation = trainer.accumulate_grad_batches
+    console.print(
+        f"parameters      {count(segmenter, trainable=True):,} trainable of {count(segmenter):,}\n"
+        f"image size      {config.model['image_size']} x {config.model['image_size']}\n"
+        f"effective batch {data.batch_size * devices * accumulation} = {data.batch_size} per device x {devices} "
+        f"device{'s' * (devices > 1)} x {accumulation} accumulated\n"
+        f"run folder      {run_dir}"
+    )
+
+
+def make_callbacks(config: TrainConfig, run_dir: Path, table: ScoreTable) -> list[Callback]:
+    """Return the checkpoints of the best and of the last epoch, and what else accompanies the training."""
+    watched = {"monitor": config.early_stopping["monitor"], "mode": config.early_stopping["mode"]}
+    callbacks: list[Callback] = [
+        ModelCheckpoint(run_dir, "best", **watched, enable_version_counter=False),
+        ModelCheckpoint(run_dir, "last", enable_version_counter=False),
+        make("early_stopping", config.early_stopping),
+        table,
+        Overlays(run_dir / "overlays.png", table),
+    ]
+    if config.trainer.get("enable_progress_bar", True):
+        callbacks.append(RichProgressBar())
+    return callbacks
+
+
+def make_loggers(config: Config, run_dir: Path, ckpt_path: Path | None) -> list[Logger]:
+    """Return the CSV logger and the chosen one; a resumed run keeps the curves it had."""
+    table = CSVLogger(run_dir, name="", version="")
+    rows = read_metrics(run_dir / "metrics.csv", ckpt_path) if rank_zero_only.rank == 0 else []
+    if rows:
+        table.experiment.metrics.extend(rows)
+        table.save()
+    chosen: Logger = make("logger", config, save_dir=str(run_dir))
+    return [table] if isinstance(chosen, CSVLogger) else [table, chosen]
+
+
+def read_metrics(path: Path, ckpt_path: Path | None) -> list[dict[str, Any]]:
+    """Return the logged rows up to the step of the checkpoint; the steps after it will be taken again."""
+    if ckpt_path is None or not path.is_file():
+        return []
+    step = torch.load(ckpt_path, map_location="cpu", weights_only=True)["global_step"]
+    with path.open(newline="") as file:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if int(row["step"]) < step]
+
+
+def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
+    """Return the Lightning checkpoint to resume from.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FileExistsError: the run folder holds a run, which starting anew would overwrite.
+    """
+    if ckpt_path is None:
+        if (run_dir / "last.ckpt").is_file():
+            raise FileExistsError(
+                f"{run_dir} already holds a run; resume it with ckpt_path=last or choose another run_dir"
+            )
+        return None
+    path = run_dir / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
+    if not path.is_file():
+        runs = sorted(run_dir.parent.glob("*/last.ckpt"), key=lambda file: file.stat().st_mtime)
+        hint = f" The newest run with one is run_dir={runs[-1].parent}" if runs else ""
+        raise FileNotFoundError(
+            f"ckpt_path={ckpt_path}: no checkpoint at {path}; name the run to resume by run_dir=FOLDER.{hint}"
+        )
+    return path
+
+
+def check_run_dir(run_dir: Path, segmenter: Segmenter) -> None:
+    """Make sure, before training, that the run folder can take the run.
+
+    Raises:
+        OSError: it cannot be written to, or the disk has no room for the checkpoints.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to the run folder {run_dir} ({error}); choose another run_dir") from error
+    # Two checkpoints and one being written, each of the weights and Adam's two moments; then the adapter.
+    needed = count(segmenter, trainable=True) * 4 * (3 * 3 + 1) + 16 * MEBIBYTE
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise OSError(
+            f"the run folder {run_dir} has {free / MEBIBYTE:.0f} MiB left on its disk, the checkpoints need "
+            f"{needed / MEBIBYTE:.0f} MiB; free some or choose another run_dir"
+        )
+
+
+def count(segmenter: Segmenter, trainable: bool = False) -> int:
+    """Return the number of parameters, all or trainable."""
+    return sum(p.numel() for p in segmenter.parameters() if p.requires_grad or not trainable)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested keys as `peft.rank`, the form that dashboards group and filter by."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+main = command("train", TrainConfig, train)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from torch import Tensor, nn
+
+from convlora.peft.conv_lora import ConvLoRA, ConvLoRAEquation, ConvLoRAEquationLinear, ConvLoRALinear, as_grid
+
+CASES = ("windows_eval", "windows_train", "image_eval", "oblong_eval")
+Reference = dict[str, Tensor]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def reference(case: str) -> Reference:
+    return {key: torch.from_numpy(value) for key, value in golden("conv_lora_layer.npz", f"{case}/").items()}
+
+
+@pytest.fixture
+def layer(case: str, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> ConvLoRALinear:
+    c_out, c_in = reference["weight"].shape
+    num_experts, rank = reference["expert_bias"].shape
+    layer = ConvLoRALinear(nn.Linear(c_in, c_out), rank, alpha=32, num_experts=num_experts, top_k=1)
+    names = {
+        "base.weight": "weight",
+        "base.bias": "bias",
+        "lora_a.weight": "lora_a",
+        "lora_b.weight": "lora_b",
+        "gate.weight": "gate_weight",
+        "gate.noise_weight": "noise_weight",
+        "experts.weight": "expert_weight",
+        "experts.bias": "expert_bias",
+    }
+    layer.load_state_dict({own: reference[name] for own, name in names.items()})
+    if "noise" in reference:
+        monkeypatch.setattr(torch, "randn_like", lambda like: reference["noise"])
+    return layer.train("train" in case)
+
+
+def assert_close(found: Tensor | None, expected: Tensor) -> None:
+    """Equal to 1e-5 of the largest expected value."""
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_layer_equals_released_code(layer: ConvLoRALinear, reference: Reference) -> None:
+    assert_close(layer(reference["x"]), reference["output"])
+    assert_close(layer.gate.aux_loss, reference["aux_loss"])
+    assert_close(layer.gate(layer.lora_a(reference["x"])), reference["gates"])
+
+
+def test_gradients_equal_released_code(layer: ConvLoRALinear, reference: Reference) -> None:
+    x = reference["x"].requires_grad_()
+    (layer(x) * reference["cotangent"]).sum().backward()
+    assert_close(x.grad, reference["grad_x"])
+    assert_close(layer.lora_a.weight.grad, reference["grad_lora_a"])
+    assert_close(layer.lora_b.weight.grad, reference["grad_lora_b"])
+    assert_close(layer.experts.weight.grad, reference["grad_expert_weight"])
+    assert_close(layer.experts.bias.grad, reference["grad_expert_bias"])
+
+
+@pytest.mark.parametrize("case", ["windows_train"], indirect=True)
+def test_balance_loss_trains_the_gate_as_released(layer: ConvLoRALinear, reference: Reference) -> None:
+    layer(reference["x"])
+    layer.gate.aux_loss.backward()
+    expected = {
+        layer.gate.weight: "aux_grad_gate_weight",
+        layer.gate.noise_weight: "aux_grad_noise_weight",
+        layer.lora_a.weight: "aux_grad_lora_a",
+    }
+    for parameter, name in expected.items():
+        assert parameter.grad is not None
+        # The gradients are as small as 1e-5, so here the tolerance is relative to the largest of them.
+        limit = 1e-5 * reference[name].abs().max().item()
+        torch.testing.assert_close(parameter.grad, reference[name], rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("scale", range(1, 17))
+def test_expert_equals_literal_form(scale: int) -> None:
+    reference = golden("conv_expert_scales.npz", f"s{scale}/")
+    x = torch.from_numpy(golden("conv_expert_scales.npz")["x"])
+    layer = ConvLoRALinear(nn.Linear(4, 4), rank=3, alpha=3, num_experts=scale, top_k=1)
+    with torch.no_grad():
+        layer.experts.weight[-1] = torch.from_numpy(reference["weight"])
+        layer.experts.bias[-1] = torch.from_numpy(reference["bias"])
+    gates = torch.zeros(len(x), scale)
+    gates[:, -1] = 1
+    found = layer.experts(x.permute(0, 2, 3, 1), gates).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, torch.from_numpy(reference["output"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", [False, True])
+def test_several_experts_add_up_by_their_gates(equation: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 9)
+    layer = (
+        ConvLoRAEquationLinear(base, rank=3, num_experts=4, top_k=2)
+        if equation
+        else ConvLoRALinear(base, rank=3, alpha=6, num_experts=4, top_k=2)
+    )
+    nn.init.normal_(layer.lora_b.weight)
+    nn.init.normal_(layer.gate.weight)
+    layer.eval()
+    x = torch.randn(5, 4, 4, 6)
+    z = layer.lora_a(x)
+    gates = layer.gate(z)
+    assert ((gates > 0).sum(dim=1) == 2).all()
+    torch.testing.assert_close(gates.sum(dim=1), torch.ones(5))
+    mixed = torch.zeros_like(z)
+    for n in range(5):
+        for i in range(4):
+            expert = layer.experts.expert(i, z[n : n + 1].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[0]
+            mixed[n] += gates[n, i] * expert
+    # y = W x + B sum_i G_i E_i(z), and as released y = W x + (alpha / r) B (z + sum_i G_i E_i(z))
+    expected = base(x) + (layer.lora_b(mixed) if equation else 2 * layer.lora_b(z + mixed))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_equation_is_linear_in_the_tokens_for_fixed_gates() -> None:
+    torch.manual_seed(0)
+    layer = ConvLoRAEquationLinear(nn.Linear(6, 9), rank=3, num_experts=5, top_k=1)
+    gates = torch.eye(5)
+    z = torch.randn(5, 7, 7, 3)
+    bias = layer.experts(torch.zeros_like(z), gates)
+    torch.testing.assert_close(
+        layer.experts(3 * z, gates) - bias, 3 * (layer.experts(z, gates) - bias), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_square_windows_equal_grids() -> None:
+    torch.manual_seed(0)
+    layer = ConvLoRALinear(nn.Linear(6, 9), rank=3, alpha=32, num_experts=3, top_k=1).eval()
+    nn.init.normal_(layer.lora_b.weight)
+    x = torch.randn(4, 5, 5, 6)
+    torch.testing.assert_close(layer(x.flatten(1, 2)), layer(x).flatten(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 3), (12, 3)])
+def test_tokens_without_a_grid_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="peft=lora"):
+        as_grid(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("method", [ConvLoRA, ConvLoRAEquation])
+def test_impossible_mixtures_are_refused(method: type[ConvLoRA | ConvLoRAEquation]) -> None:
+    with pytest.raises(ValueError, match=r"peft.rank=0"):
+        method(rank=0)
+    with pytest.raises(ValueError, match=r"peft.top_k=3 .* peft.num_experts=2"):
+        method(num_experts=2, top_k=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gate_stays_in_full_precision_under_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = ConvLoRALinear(nn.Linear(6, 9), rank=3, alpha=32, num_experts=4, top_k=1).train()
+    nn.init.normal_(layer.lora_b.weight)
+    x = 200 * torch.randn(4, 6, 6, 6)
+    with torch.autocast("cpu", dtype):
+        gates = layer.gate(layer.lora_a(x))
+        y = layer(x)
+    assert gates.dtype == layer.gate.aux_loss.dtype == torch.float32
+    assert torch.isfinite(layer.gate.aux_loss)
+    assert y.dtype == dtype
+    layer.gate.aux_loss.backward()
+    assert layer.gate.noise_weight.grad is not None
+    assert torch.isfinite(layer.gate.noise_weight.grad).all()
+
+
+def test_idle_experts_get_a_zero_gradient() -> None:
+    layer = ConvLoRALinear(nn.Linear(6, 9), rank=3, alpha=32, num_experts=8, top_k=1).eval()
+    nn.init.normal_(layer.lora_b.weight)
+    layer(torch.randn(1, 4, 4, 6)).sum().backward()  # one map: seven experts are idle
+    assert layer.experts.weight.grad is not None
+    used = layer.experts.weight.grad.flatten(1).abs().sum(dim=1) > 0
+    assert np.count_nonzero(used.numpy()) == 1

@@ -1,0 +1,132 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from hydra.utils import instantiate
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, TwoWayTransformer
+
+from convlora.peft.base import Method
+from convlora.peft.conv_lora import ConvLoRA
+from convlora.peft.lora import LoRA
+from convlora.peft.selective import DecoderOnly
+from convlora.sam.zoo import SamViT
+from convlora.segmenter import Segmenter, restore_size, to_gray
+
+
+def trainable(segmenter: Segmenter) -> int:
+    return sum(p.numel() for p in segmenter.parameters() if p.requires_grad)
+
+
+def count(model: str, method: Method) -> int:
+    backbone = instantiate(yaml.safe_load((ROOT / f"conf/model/{model}.yaml").read_text()), _convert_="all")
+    with torch.device("meta"):
+        return trainable(Segmenter(backbone.build(), method))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [(DecoderOnly(), 3_505_536), (LoRA(), 3_997_056), (ConvLoRA(), 4_020_096)]
+)
+def test_vit_h_trains_as_many_parameters_as_the_paper(method: Method, expected: int) -> None:
+    assert count("sam_vit_h", method) == expected
+
+
+@pytest.mark.parametrize(("model", "depth", "dim"), [("sam_vit_b", 12, 768), ("sam_vit_l", 24, 1024)])
+@pytest.mark.parametrize(("rank", "experts"), [(3, 8), (5, 4)])
+def test_trainable_count_has_its_closed_form(model: str, depth: int, dim: int, rank: int, experts: int) -> None:
+    decoder = 3_505_536
+    low_rank = depth * rank * (dim + 3 * dim)
+    mixture = depth * (experts * (9 * rank * rank + rank) + 2 * rank * experts)
+    assert count(model, DecoderOnly()) == decoder
+    assert count(model, LoRA(rank=rank)) == decoder + low_rank
+    assert count(model, ConvLoRA(rank=rank, num_experts=experts)) == decoder + low_rank + mixture
+
+
+def test_decoder_equals_segment_anything_with_one_mask_token(tiny: SamViT) -> None:
+    """Batched, it gives what segment-anything's decoder gives image by image, once that has token 0 alone."""
+    torch.manual_seed(0)
+    sam = tiny.build()
+    transformer = TwoWayTransformer(depth=2, embedding_dim=32, mlp_dim=32, num_heads=8)
+    reference = MaskDecoder(transformer_dim=32, transformer=transformer, num_multimask_outputs=0)
+    state = {key: value for key, value in sam.mask_decoder.state_dict().items() if "iou_prediction" not in key}
+    state["mask_tokens.weight"] = state["mask_tokens.weight"][:1]
+    own = reference.state_dict()
+    reference.load_state_dict(own | {key: value for key, value in state.items() if key in own})
+    images = torch.randn(3, 3, 32, 32)
+    sparse, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
+    position = sam.prompt_encoder.get_dense_pe()
+    masks = [reference(sam.image_encoder(image[None]), position, sparse, dense, False)[0] for image in images]
+    expected = torch.nn.functional.interpolate(torch.cat(masks), (32, 32), mode="bilinear")
+    torch.testing.assert_close(Segmenter(sam, DecoderOnly())(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_every_mask_starts_from_token_0(tiny: SamViT) -> None:
+    segmenter = Segmenter(tiny.build(), DecoderOnly(), num_masks=3)
+    logits = segmenter(torch.randn(2, 3, 32, 32))
+    assert logits.shape[1] == 3
+    torch.testing.assert_close(logits[:, 1:], logits[:, :1].expand(-1, 2, -1, -1))
+    mlps = segmenter.mask_decoder.output_hypernetworks_mlps
+    assert mlps[0].layers[0].weight is not mlps[1].layers[0].weight
+
+
+def test_frozen_modules_stay_in_evaluation_mode(tiny: SamViT) -> None:
+    sam = tiny.build()
+    frozen = [module for module in sam.image_encoder.modules() if not isinstance(module, ImageEncoderViT)]
+    segmenter = Segmenter(sam, ConvLoRA()).train()
+    assert not any(module.training for module in frozen)
+    assert not segmenter.image_encoder.training
+    assert segmenter.image_encoder.blocks[0].attn.qkv.gate.training
+    assert segmenter.mask_decoder.transformer.training
+    assert not any(module.training for module in segmenter.eval().modules())
+
+
+def test_trainable_state_carries_a_segmenter_over(tiny: SamViT) -> None:
+    torch.manual_seed(0)
+    sam_state = tiny.build().state_dict()
+    first, second = tiny.build(), tiny.build()
+    first.load_state_dict(sam_state)
+    second.load_state_dict(sam_state)
+    source, target = Segmenter(first, ConvLoRA()), Segmenter(second, ConvLoRA())
+    for parameter in source.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    target.load_trainable_state(source.trainable_state())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(source.eval()(images), target.eval()(images))
+    assert not any(key.startswith("prompt_encoder") or ".base." in key for key in source.trainable_state())
+
+
+@pytest.mark.parametrize(
+    ("other", "masks", "message"),
+    [
+        (LoRA(), 1, r"unknown \(first image_encoder.blocks.0.attn.qkv.experts.bias\)"),
+        (ConvLoRA(rank=4), 1, r"of another shape \(first .* is \[8, 3\] where \[8, 4\] is expected\)"),
+        (ConvLoRA(), 2, r"missing \(first mask_decoder.output_hypernetworks_mlps.1.layers.0.bias\)"),
+    ],
+)
+def test_state_of_another_setting_is_refused(tiny: SamViT, other: Method, masks: int, message: str) -> None:
+    state = Segmenter(tiny.build(), ConvLoRA()).trainable_state()
+    with pytest.raises(ValueError, match=message):
+        Segmenter(tiny.build(), other, masks).load_trainable_state(state)
+
+
+def test_state_of_another_backbone_is_refused(tiny: SamViT) -> None:
+    state = Segmenter(tiny.build(), ConvLoRA()).trainable_state()
+    with pytest.raises(ValueError, match="another backbone"):
+        Segmenter(replace(tiny, depth=1).build(), ConvLoRA()).load_trainable_state(state)
+
+
+def test_restored_logits_cover_the_image_and_not_the_padding() -> None:
+    """A wide image filled the upper half of the input; what lies below must not come back."""
+    logits = torch.full((1, 32, 32), -5.0)
+    logits[:, :16, :16] = 5.0
+    native = restore_size(logits, content=(16, 32), size=(40, 80))
+    assert native.shape == (1, 40, 80)
+    assert (native[:, :, :38] > 0).all()
+    assert (native[:, :, 42:] < 0).all()
+
+
+def test_gray_is_at_least_128_exactly_where_the_probability_is_at_least_one_half() -> None:
+    logits = torch.tensor([-20.0, -1e-3, 0.0, 1e-3, 20.0])
+    assert to_gray(logits).tolist() == [0, 127, 128, 128, 255]
