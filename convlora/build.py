@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,9 @@ Config = dict[str, Any]
 T = TypeVar("T")
 
 # In a wheel the configuration lies inside the package, in a checkout beside it.
-CONF = next(path for path in (Path(__file__).with_name("conf"), Path(__file__).parents[1] / "conf") if path.is_dir())
+CONF = next(
+    path for path in (Path(__file__).with_name("conf"), Path(__file__).parents[1] / "conf") if path.is_dir()
+)
 
 FORMAT = "convlora-adapter-1"
 # What an adapter file may ask to be built: its config comes from whoever made the file.
@@ -55,7 +57,11 @@ def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any])
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
         except (
-            OSError, ValueError, HydraException, OmegaConfBaseException, MisconfigurationException
+            OSError,
+            ValueError,
+            HydraException,
+            OmegaConfBaseException,
+            MisconfigurationException,
         ) as error:
             if verbose:
                 traceback.print_exc()
@@ -67,9 +73,15 @@ def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any])
 def _quiet() -> None:
     """Leave the terminal to the command's own lines."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message="Experiment logs directory")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    for message in (
+        ".*does not have many workers",
+        ".*isinstance.treespec, LeafSpec",
+        "Found .* in eval mode at the start of training",  # the frozen ones are meant to be
+        "The number of training batches .* is smaller than the logging interval",
+        "Experiment logs directory",
+        "Checkpoint directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def resolve(cfg: DictConfig) -> Config:
@@ -93,7 +105,7 @@ def make(section: str, config: Mapping[str, Any], **given: Any) -> Any:
     """
     _check_section(section, config)
     try:
-        return instantiate({**config, **{key: None for key in given}}, **given, _convert_="all")
+        return instantiate({**config, **dict.fromkeys(given)}, **given, _convert_="all")
     except InstantiationException as error:
         raise (error.__cause__ or error) from None
 
@@ -125,7 +137,7 @@ def _check_section(section: str, config: Mapping[str, Any]) -> None:
             _check_section(f"{section}.{key}", value)
 
 
-def make_segmenter(model: Config, peft: Config, num_masks: int) -> tuple[Segmenter, dict[str, str]]:
+def make_segmenter(model: Config, peft: Config) -> tuple[Segmenter, dict[str, str]]:
     """Build a segmenter on pretrained weights.
 
     Returns:
@@ -133,13 +145,13 @@ def make_segmenter(model: Config, peft: Config, num_masks: int) -> tuple[Segment
     """
     backbone, method = make("model", model), make("peft", peft)
     sam, sha256 = load_backbone(backbone)
-    return Segmenter(sam, method, num_masks), {"base": backbone.name, "base_sha256": sha256}
+    return Segmenter(sam, method), {"base": backbone.name, "base_sha256": sha256}
 
 
-def outline_segmenter(model: Config, peft: Config, num_masks: int) -> Segmenter:
+def outline_segmenter(model: Config, peft: Config) -> Segmenter:
     """Build a segmenter without storage, to count its parameters."""
     with torch.device("meta"):
-        return Segmenter(make("model", model).build(), make("peft", peft), num_masks)
+        return Segmenter(make("model", model).build(), make("peft", peft))
 
 
 @dataclass(frozen=True)
@@ -159,8 +171,9 @@ class Adapter:
     identity: dict[str, str]
 
 
-def save_adapter(path: Path, segmenter: Segmenter, config: Config, class_names: list[str],
-                 identity: dict[str, str]) -> None:
+def save_adapter(
+    path: Path, segmenter: Segmenter, config: Config, class_names: Sequence[str], identity: dict[str, str]
+) -> None:
     """Write the trained tensors and what is needed to use them again to one safetensors file."""
     metadata = {
         "format": FORMAT,
@@ -202,7 +215,7 @@ def load_adapter(path: str | Path, weights: str | None = None) -> Adapter:
     if weights is not None:
         parts["model"]["weights"] = weights
     class_names = json.loads(metadata["class_names"])
-    segmenter, identity = make_segmenter(parts["model"], parts["peft"], num_masks=1)
+    segmenter, identity = make_segmenter(parts["model"], parts["peft"])
     check_identity(metadata, identity)
     segmenter.load_trainable_state(state)
     return Adapter(segmenter.eval(), parts["resize"], class_names, identity)

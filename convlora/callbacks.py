@@ -123,9 +123,11 @@ class Overlays(Callback):
         scored = list(self.table.rows)
         ranked = sorted(scored, key=lambda name: self.table.rows[name].get("dice", 0.0))
         chosen = {scored[i]: "sample" for i in _spread(len(scored), FIXED)}
-        chosen |= {name: "best" for name in ranked[-EXTREME:]} | {name: "worst" for name in ranked[:EXTREME]}
-        rows = [(title, self.table.rows[name], *_predict(trainer, pl_module, "test", order[name]))
-                for name, title in sorted(chosen.items(), key=lambda item: item[1])]
+        chosen |= dict.fromkeys(ranked[-EXTREME:], "best") | dict.fromkeys(ranked[:EXTREME], "worst")
+        rows = [
+            (title, self.table.rows[name], *_predict(trainer, pl_module, "test", order[name]))
+            for name, title in sorted(chosen.items(), key=lambda item: item[1])
+        ]
         draw_page(rows, self.path)
 
 
@@ -133,7 +135,7 @@ def draw_page(
     rows: list[tuple[str, dict[str, float], str, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]],
     path: Path,
 ) -> None:
-    """Draw one row per sample: title, scores, name, image [h, w, 3], mask of 0/1 [h, w], 8-bit probability."""
+    """Draw one row per sample: title, scores, name, image [h, w, 3], mask of 0/1, 8-bit probability."""
     figure = Figure(figsize=(12, 3.1 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for (title, scores, name, image, mask, prob), line in zip(rows, axes, strict=True):

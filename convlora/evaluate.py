@@ -43,8 +43,9 @@ def evaluate(config: EvaluateConfig) -> None:
     data: SegmentationDataModule = make("dataset", config.dataset | {"resize": adapter.resize})
     if data.num_classes != len(adapter.class_names):
         raise ValueError(
-            f"{config.checkpoint} segments {len(adapter.class_names)} classes ({', '.join(adapter.class_names)}), "
-            f"{data.name} has {data.num_classes} ({', '.join(data.class_names)}); choose another dataset="
+            f"{config.checkpoint} segments {len(adapter.class_names)} classes "
+            f"({', '.join(adapter.class_names)}), {data.name} has {data.num_classes} "
+            f"({', '.join(data.class_names)}); choose another dataset="
         )
     output = Path(HydraConfig.get().runtime.output_dir)
     table = ScoreTable()

@@ -35,7 +35,7 @@ class StructureLoss(nn.Module):
 
 
 def local_mean(masks: Tensor) -> Tensor:
-    """Mean over a square neighbourhood, zeros beyond the border; one pass per axis costs 31 reads, not 961."""
+    """Mean over a square neighbourhood, zeros beyond the border; a pass per axis reads 62 pixels, not 961."""
     half = NEIGHBOURHOOD // 2
     rows = F.avg_pool2d(masks, (NEIGHBOURHOOD, 1), stride=1, padding=(half, 0))
     return F.avg_pool2d(rows, (1, NEIGHBOURHOOD), stride=1, padding=(0, half))

@@ -1,4 +1,4 @@
-"""Segment images: `python -m convlora.predict checkpoint=RUN/adapter.safetensors input=photos/ output=masks/`."""
+"""Segment images: `python -m convlora.predict checkpoint=ADAPTER input=photos/ output=masks/`."""
 
 import sys
 from collections import Counter
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from convlora.build import Config, command, load_adapter, make
 from convlora.callbacks import draw_contours
 from convlora.data.images import list_images, read_image
+from convlora.data.samples import to_tensor
 from convlora.data.transforms import Resize, eval_transform
 from convlora.metrics.overlap import THRESHOLD
 from convlora.segmenter import Segmenter, restore_size, to_gray
@@ -64,7 +65,7 @@ class Images(Dataset[Loaded]):
             image = read_image(path)
         except (OSError, ValueError) as error:
             return Loaded(path, error=str(error))
-        return Loaded(path, self.transform(image=image)["image"], image.shape[:2])
+        return Loaded(path, to_tensor(self.transform(image=image)["image"]), image.shape[:2])
 
 
 def predict(config: PredictConfig) -> None:

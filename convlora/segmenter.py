@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
+from segment_anything.modeling import MaskDecoder as SamMaskDecoder
 from torch import Tensor, nn
 
 from convlora.peft.base import Method
@@ -21,12 +22,15 @@ class MaskDecoder(nn.Module):
         num_masks: masks to predict.
     """
 
-    def __init__(self, decoder: nn.Module, num_masks: int):
+    def __init__(self, decoder: SamMaskDecoder, num_masks: int):
         super().__init__()
         self.transformer = decoder.transformer
         self.iou_token = decoder.iou_token  # takes part in the attention between tokens
-        token = decoder.mask_tokens.weight.detach()[:1]
-        self.mask_tokens = nn.Embedding.from_pretrained(token.repeat(num_masks, 1), freeze=False)
+        self.mask_tokens = nn.Embedding(
+            num_masks,
+            decoder.transformer_dim,
+            _weight=decoder.mask_tokens.weight.detach()[:1].repeat(num_masks, 1),
+        )
         self.output_upscaling = decoder.output_upscaling
         mlp = decoder.output_hypernetworks_mlps[0]
         self.output_hypernetworks_mlps = nn.ModuleList(deepcopy(mlp) for _ in range(num_masks))
@@ -57,6 +61,9 @@ class Segmenter(nn.Module):
         method: how the frozen image encoder is adapted.
         num_masks: masks per image, 1 for a binary task.
     """
+
+    dense_prompt: Tensor
+    position_encoding: Tensor
 
     def __init__(self, sam: Sam, method: Method, num_masks: int = 1):
         super().__init__()
@@ -104,8 +111,8 @@ class Segmenter(nn.Module):
         problems += [f"{len(shapes)} of another shape (first {shapes[0]})"] if shapes else []
         if problems:
             raise ValueError(
-                f"the checkpoint's trained tensors do not fit: {', '.join(problems)}; it was made with another "
-                "backbone, method, rank or number of classes: use the settings it was trained with"
+                f"the checkpoint's trained tensors do not fit: {', '.join(problems)}; it was made with "
+                "another backbone, method, rank or number of classes: use the settings it was trained with"
             )
         self.load_state_dict(dict(state), strict=False)
 

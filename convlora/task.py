@@ -86,11 +86,11 @@ class SegmentationTask(LightningModule):
         schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the trained tensors only; the frozen ones are known by their hash."""
         return self.segmenter.trainable_state()
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **kwargs: Any) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
         """Load what `state_dict` gave, strictly about trained tensors."""
         self.segmenter.load_trainable_state(state_dict)
 
@@ -103,24 +103,28 @@ class SegmentationTask(LightningModule):
         check_identity(checkpoint.get("identity", {}), self.identity)
 
     def _score(self, stage: str, batch: Batch) -> dict[str, dict[str, float]]:
-        logits = self.segmenter(batch.images)
+        scores, mean_loss = self._metrics(stage)
         rows = {}
-        for name, mask, content, logit in zip(
-            batch.names, batch.masks, batch.contents, logits, strict=True
-        ):
+        logits = self.segmenter(batch.images)
+        for name, mask, content, logit in zip(batch.names, batch.masks, batch.contents, logits, strict=True):
             native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
-            self.mean_loss[stage].update(self.loss(native[None], mask[None, None]))
-            values = self.scores[stage](to_gray(native[0]), mask)
+            mean_loss.update(self.loss(native[None], mask[None, None]))
+            values = scores(to_gray(native[0]), mask)
             rows[name] = {key.removeprefix(f"{stage}/"): value.item() for key, value in values.items()}
         return rows
 
     def _log_scores(self, stage: str) -> None:
-        self.log(f"{stage}/loss", self.mean_loss[stage].compute())
-        self.mean_loss[stage].reset()
-        scores = self.scores[stage]
-        assert isinstance(scores, MetricCollection)
-        self.log_dict({name: value.float() for name, value in scores.compute().items()}, prog_bar=stage == "val")
+        scores, mean_loss = self._metrics(stage)
+        self.log(f"{stage}/loss", mean_loss.compute())
+        self.log_dict({name: value.float() for name, value in scores.compute().items()})
+        mean_loss.reset()
         scores.reset()
+
+    def _metrics(self, stage: str) -> tuple[MetricCollection, MeanMetric]:
+        scores, mean_loss = self.scores[stage], self.mean_loss[stage]
+        assert isinstance(scores, MetricCollection)
+        assert isinstance(mean_loss, MeanMetric)
+        return scores, mean_loss
 
 
 def check_identity(found: Mapping[str, str], expected: Mapping[str, str]) -> None:

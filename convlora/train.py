@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from convlora.build import Config, command, make, make_segmenter, outline_segmenter, save_adapter
@@ -62,13 +62,13 @@ def train(config: TrainConfig) -> float | None:
     data: SegmentationDataModule = make("dataset", config.dataset)
     if config.dry_run:
         trainer: Trainer = make("trainer", config.trainer, logger=False, enable_checkpointing=False)
-        announce(trainer, data, outline_segmenter(config.model, config.peft, data.num_masks), config, run_dir)
+        announce(trainer, data, outline_segmenter(config.model, config.peft), config, run_dir)
         return None
     ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
     data.setup("fit")
     data.setup("test")  # a missing test set should not come out after the training
     seed_everything(config.seed, workers=True, verbose=False)
-    segmenter, identity = make_segmenter(config.model, config.peft, data.num_masks)
+    segmenter, identity = make_segmenter(config.model, config.peft)
     check_run_dir(run_dir, segmenter)
     try:
         task = SegmentationTask(
@@ -85,47 +85,62 @@ def train(config: TrainConfig) -> float | None:
 
 
 def run(
-    task: SegmentationTask, data: SegmentationDataModule, config: TrainConfig, run_dir: Path, ckpt_path: Path | None
+    task: SegmentationTask,
+    data: SegmentationDataModule,
+    config: TrainConfig,
+    run_dir: Path,
+    ckpt_path: Path | None,
 ) -> float | None:
     """Fit, test and write what a run leaves behind; returns the best validation score."""
     table = ScoreTable()
-    best, last, *others = make_callbacks(config, run_dir, table)
+    watched = {"monitor": config.early_stopping["monitor"], "mode": config.early_stopping["mode"]}
+    best = ModelCheckpoint(run_dir, "best", **watched, enable_version_counter=False)
+    last = ModelCheckpoint(run_dir, "last", enable_version_counter=False)
+    stop: EarlyStopping = make("early_stopping", config.early_stopping)
+    callbacks: list[Callback] = [best, last, stop, table, Overlays(run_dir / "overlays.png", table)]
+    if config.trainer.get("enable_progress_bar", True):
+        callbacks.append(RichProgressBar())
     loggers = make_loggers(config.logger, run_dir, ckpt_path)
     trainer: Trainer = make(
         "trainer",
         config.trainer,
         logger=loggers,
-        callbacks=[best, last, *others],
+        callbacks=callbacks,
         default_root_dir=str(run_dir),
         use_distributed_sampler=False,  # the data module's samplers know the ranks
         enable_model_summary=False,
     )
     if trainer.is_global_zero:
         announce(trainer, data, task.segmenter, config, run_dir)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        OmegaConf.save(asdict(config), run_dir / "config.yaml")
         for logger in loggers:
             logger.log_hyperparams(flatten(asdict(config)))
     start = time.monotonic()
     trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
-    seconds = time.monotonic() - start
+    fitted = {
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "fit_seconds": round(time.monotonic() - start, 1),
+    }
     best_score = None if best.best_model_score is None else best.best_model_score.item()
-    scores = trainer.test(task, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)[0]
+    scores = trainer.test(
+        task, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False
+    )[0]
     if trainer.is_global_zero:
+        means = {name.removeprefix("test/"): value for name, value in scores.items()}
         save_adapter(
             run_dir / "adapter.safetensors", task.segmenter, asdict(config), data.class_names, task.identity
         )
         summary = {
-            "test": {name.removeprefix("test/"): value for name, value in scores.items()},
+            "test": means,
             config.early_stopping["monitor"]: best_score,
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
-            "fit_seconds": round(seconds, 1),
+            **fitted,
             "trainable_parameters": count(task.segmenter, trainable=True),
             "total_parameters": count(task.segmenter),
             **task.identity,
         }
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        console.print(render_scores(f"{data.name}, test", summary["test"]))
+        console.print(render_scores(f"{data.name}, test", means))
         console.print(f"adapter: {run_dir / 'adapter.safetensors'}")
     return best_score
 
@@ -139,46 +154,34 @@ def announce(
     console.print(
         f"parameters      {count(segmenter, trainable=True):,} trainable of {count(segmenter):,}\n"
         f"image size      {config.model['image_size']} x {config.model['image_size']}\n"
-        f"effective batch {data.batch_size * devices * accumulation} = {data.batch_size} per device x {devices} "
-        f"device{'s' * (devices > 1)} x {accumulation} accumulated\n"
+        f"effective batch {data.batch_size * devices * accumulation} = {data.batch_size} per device x "
+        f"{devices} device{'s' * (devices > 1)} x {accumulation} accumulated\n"
         f"run folder      {run_dir}"
     )
 
 
-def make_callbacks(config: TrainConfig, run_dir: Path, table: ScoreTable) -> list[Callback]:
-    """Return the checkpoints of the best and of the last epoch, and what else accompanies the training."""
-    watched = {"monitor": config.early_stopping["monitor"], "mode": config.early_stopping["mode"]}
-    callbacks: list[Callback] = [
-        ModelCheckpoint(run_dir, "best", **watched, enable_version_counter=False),
-        ModelCheckpoint(run_dir, "last", enable_version_counter=False),
-        make("early_stopping", config.early_stopping),
-        table,
-        Overlays(run_dir / "overlays.png", table),
-    ]
-    if config.trainer.get("enable_progress_bar", True):
-        callbacks.append(RichProgressBar())
-    return callbacks
-
-
 def make_loggers(config: Config, run_dir: Path, ckpt_path: Path | None) -> list[Logger]:
     """Return the CSV logger and the chosen one; a resumed run keeps the curves it had."""
-    table = CSVLogger(run_dir, name="", version="")
-    rows = read_metrics(run_dir / "metrics.csv", ckpt_path) if rank_zero_only.rank == 0 else []
-    if rows:
-        table.experiment.metrics.extend(rows)
-        table.save()
+    table = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)
+    if ckpt_path is not None:
+        keep_metrics(table, run_dir / "metrics.csv", ckpt_path)
     chosen: Logger = make("logger", config, save_dir=str(run_dir))
     return [table] if isinstance(chosen, CSVLogger) else [table, chosen]
 
 
-def read_metrics(path: Path, ckpt_path: Path | None) -> list[dict[str, Any]]:
-    """Return the logged rows up to the step of the checkpoint; the steps after it will be taken again."""
-    if ckpt_path is None or not path.is_file():
-        return []
+@rank_zero_only
+def keep_metrics(logger: CSVLogger, path: Path, ckpt_path: Path) -> None:
+    """Hand the rows of an earlier `metrics.csv` on to the logger, which would begin the file anew.
+
+    Rows beyond the checkpoint are left out: training logs them again.
+    """
+    if not path.is_file():
+        return
     step = torch.load(ckpt_path, map_location="cpu", weights_only=True)["global_step"]
     with path.open(newline="") as file:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if int(row["step"]) < step]
+    logger.experiment.metrics.extend(row for row in rows if int(row["step"]) < step)
+    logger.save()
 
 
 def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
@@ -214,7 +217,9 @@ def check_run_dir(run_dir: Path, segmenter: Segmenter) -> None:
         with tempfile.TemporaryFile(dir=run_dir):
             pass
     except OSError as error:
-        raise OSError(f"cannot write to the run folder {run_dir} ({error}); choose another run_dir") from error
+        raise OSError(
+            f"cannot write to the run folder {run_dir} ({error}); choose another run_dir"
+        ) from error
     # Two checkpoints and one being written, each of the weights and Adam's two moments; then the adapter.
     needed = count(segmenter, trainable=True) * 4 * (3 * 3 + 1) + 16 * MEBIBYTE
     free = shutil.disk_usage(run_dir).free

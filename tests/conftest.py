@@ -1,5 +1,8 @@
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -49,3 +52,62 @@ def golden(file: str, prefix: str = "") -> dict[str, NDArray[np.float32]]:
     """Reference arrays whose key starts with `prefix`, under the rest of the key."""
     with np.load(GOLDEN / file) as arrays:
         return {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ran to its end: what it printed and the code it exited with."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Commands:
+    """Runs the command lines in this process, from a folder of their own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+
+    def __call__(self, module: ModuleType, *arguments: str) -> Finished:
+        self.monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+        self.capsys.readouterr()
+        code, message = 0, ""
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+            message = "" if isinstance(stop.code, int) else str(stop.code)
+        out, err = self.capsys.readouterr()
+        return Finished(code, out, err + message)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Commands:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return Commands(monkeypatch, capsys)
+
+
+SMALL = (
+    "model.embed_dim=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "model.global_attn_indexes=[1]",
+    "model.decoder_dim=32",
+    "model.decoder_mlp_dim=32",
+    "model.image_size=64",
+    "dataset.size=48",
+    "dataset.train_size=10",
+    "dataset.val_size=3",
+    "dataset.test_size=5",
+    "dataset.batch_size=2",
+    "dataset.num_workers=0",
+    "trainer.max_epochs=2",
+    "trainer.accelerator=cpu",
+    "trainer.enable_progress_bar=false",
+    "optimizer.lr=1e-3",
+)
+"""A default job of a few seconds."""

@@ -34,7 +34,9 @@ def test_vit_h_trains_as_many_parameters_as_the_paper(method: Method, expected: 
 
 @pytest.mark.parametrize(("model", "depth", "dim"), [("sam_vit_b", 12, 768), ("sam_vit_l", 24, 1024)])
 @pytest.mark.parametrize(("rank", "experts"), [(3, 8), (5, 4)])
-def test_trainable_count_has_its_closed_form(model: str, depth: int, dim: int, rank: int, experts: int) -> None:
+def test_trainable_count_has_its_closed_form(
+    model: str, depth: int, dim: int, rank: int, experts: int
+) -> None:
     decoder = 3_505_536
     low_rank = depth * rank * (dim + 3 * dim)
     mixture = depth * (experts * (9 * rank * rank + rank) + 2 * rank * experts)
@@ -49,7 +51,9 @@ def test_decoder_equals_segment_anything_with_one_mask_token(tiny: SamViT) -> No
     sam = tiny.build()
     transformer = TwoWayTransformer(depth=2, embedding_dim=32, mlp_dim=32, num_heads=8)
     reference = MaskDecoder(transformer_dim=32, transformer=transformer, num_multimask_outputs=0)
-    state = {key: value for key, value in sam.mask_decoder.state_dict().items() if "iou_prediction" not in key}
+    state = {
+        key: value for key, value in sam.mask_decoder.state_dict().items() if "iou_prediction" not in key
+    }
     state["mask_tokens.weight"] = state["mask_tokens.weight"][:1]
     own = reference.state_dict()
     reference.load_state_dict(own | {key: value for key, value in state.items() if key in own})

@@ -45,7 +45,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
     Args:
         name: for error messages.
         root: folder of the data set.
-        class_names: of the foreground classes.
+        class_names: of the foreground class.
         resize: how an image becomes the network's input.
         augment: of image and mask in training, before the resize.
         batch_size: per device.
@@ -67,6 +67,11 @@ class SegmentationDataModule(LightningDataModule, ABC):
         threshold: int | None = None,
     ):
         super().__init__()
+        if len(class_names) != 1:
+            raise ValueError(
+                f"{name}: masks of 0 and 1 hold one class, but dataset.class_names lists {len(class_names)} "
+                f"({', '.join(class_names)}); name the foreground alone"
+            )
         self.name = name
         self.root = Path(root)
         self.class_names = tuple(class_names)
@@ -78,19 +83,22 @@ class SegmentationDataModule(LightningDataModule, ABC):
         self.threshold = threshold
         self._listed: dict[Split, list[Pair]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the trainer behind when loader processes that are spawned receive the data set."""
+        return {**self.__dict__, "trainer": None}
+
     @property
     def num_classes(self) -> int:
         """Number of foreground classes."""
         return len(self.class_names)
 
-    @property
-    def num_masks(self) -> int:
-        """Number of mask maps that a model of this data set predicts."""
-        return self.num_classes
-
     @abstractmethod
     def pairs(self, split: Split) -> list[Pair]:
         """List the files of a split, without opening them."""
+
+    def files(self, pair: Pair) -> list[Path]:
+        """Return the files that a pair is read from, which must exist."""
+        return [pair.image, pair.mask]
 
     def read(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Load image [h, w, 3] and mask [h, w], 0 or 1; raises what `read_pair` does."""
@@ -119,7 +127,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the shuffled and augmented training images."""
         pairs, names = self._checked_pairs("train"), self.names("train")
-        samples = TrainSamples(pairs, names, self.resize, self.augment, self.threshold)
+        samples = TrainSamples(pairs, names, self.resize, self.augment, self.read)
         return self._loader(samples, EpochSampler(len(samples), self.seed, *self._rank()))
 
     def val_dataloader(self) -> DataLoader[Sample]:
@@ -131,7 +139,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return self._eval_loader("test")
 
     def _eval_samples(self, split: Split) -> EvalSamples:
-        return EvalSamples(self._checked_pairs(split), self.names(split), self.resize, self.threshold)
+        return EvalSamples(self._checked_pairs(split), self.names(split), self.resize, self.read)
 
     def _eval_loader(self, split: Split) -> DataLoader[Sample]:
         samples = self._eval_samples(split)
@@ -172,7 +180,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
             raise ValueError(
                 f"{self.name}: {split} lists no images under {self.root}; add some or choose another root"
             )
-        files = [file for pair in pairs for file in (pair.image, pair.mask)]
+        files = [file for pair in pairs for file in self.files(pair)]
         missing = [str(file) for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(

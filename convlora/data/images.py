@@ -54,12 +54,18 @@ def read_mask(path: Path, threshold: int | None = None) -> NDArray[np.uint8]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be decoded, is coloured, or has grey values and no threshold is given.
+        ValueError: the file cannot be decoded, is coloured, has grey values and no threshold is given, or
+            has only 0 and 1, which a threshold would make empty.
     """
     values = _single_channel(path)
-    if threshold is not None:
-        return np.asarray(values > threshold, dtype=np.uint8)
     found = np.unique(values)
+    if threshold is not None:
+        if 0 < found[-1] <= min(1, threshold):
+            raise ValueError(
+                f"{path}: the mask has the values 0 and 1, of which none is above dataset.threshold={threshold}; "
+                "leave the threshold out for such masks"
+            )
+        return np.asarray(values > threshold, dtype=np.uint8)
     if not any(binary.issuperset(found.tolist()) for binary in _BINARY_VALUES):
         some = ", ".join(f"{value:g}" for value in found[:5]) + (", ..." if len(found) > 5 else "")
         raise ValueError(

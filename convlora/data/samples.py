@@ -4,7 +4,7 @@ Everything random is a pure function of seed, epoch and sample, so the number of
 resumed run sees what an uninterrupted one does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,6 +27,9 @@ class Pair:
 
     image: Path
     mask: Path
+
+
+Read = Callable[[Pair], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 
 
 class Sample(NamedTuple):
@@ -91,7 +94,7 @@ class TrainSamples(Dataset[Sample]):
         names: of the samples.
         resize: to the network's input.
         augment: before the resize.
-        threshold: see `read_mask`.
+        read: loads image and mask of a pair.
     """
 
     def __init__(
@@ -100,21 +103,21 @@ class TrainSamples(Dataset[Sample]):
         names: Sequence[str],
         resize: Resize,
         augment: A.Compose,
-        threshold: int | None,
+        read: Read,
     ):
         self.pairs = pairs
         self.names = names
         self.resize = resize
         self.augment = augment
         self.transform = eval_transform(resize)
-        self.threshold = threshold
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         index, draw = item
-        image, mask = read_pair(self.pairs[index], self.threshold)
+        image, mask = self.read(self.pairs[index])
         # One generator for all steps: `set_random_seed` would start each step with the same random numbers.
         self.augment.set_random_state(np.random.default_rng(draw), Random(draw))
         try:
@@ -124,27 +127,27 @@ class TrainSamples(Dataset[Sample]):
             raise
         out = self.transform(image=augmented["image"], mask=augmented["mask"])
         content = self.resize.content(*augmented["mask"].shape)
-        return Sample(_to_tensor(out["image"]), torch.from_numpy(out["mask"]), content, self.names[index])
+        return Sample(to_tensor(out["image"]), torch.from_numpy(out["mask"]), content, self.names[index])
 
 
 class EvalSamples(Dataset[Sample]):
     """Images transformed, masks as they are; arguments as of `TrainSamples`."""
 
-    def __init__(self, pairs: Sequence[Pair], names: Sequence[str], resize: Resize, threshold: int | None):
+    def __init__(self, pairs: Sequence[Pair], names: Sequence[str], resize: Resize, read: Read):
         self.pairs = pairs
         self.names = names
         self.resize = resize
         self.transform = eval_transform(resize)
-        self.threshold = threshold
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        image, mask = read_pair(self.pairs[index], self.threshold)
+        image, mask = self.read(self.pairs[index])
         content = self.resize.content(*mask.shape)
         out = self.transform(image=image)
-        return Sample(_to_tensor(out["image"]), torch.from_numpy(mask), content, self.names[index])
+        return Sample(to_tensor(out["image"]), torch.from_numpy(mask), content, self.names[index])
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -168,5 +171,6 @@ def read_pair(pair: Pair, threshold: int | None = None) -> tuple[NDArray[np.uint
     return image, mask
 
 
-def _to_tensor(image: NDArray[np.float32]) -> Tensor:
+def to_tensor(image: NDArray[np.float32]) -> Tensor:
+    """Return an image [h, w, 3] as a tensor [3, h, w]."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

@@ -1,8 +1,8 @@
 """Camouflaged objects drawn from a seed, so that a first run needs no download.
 
-A scene is a field of tone, coloured by one earthy palette. An object has the tones of its ground and differs
-from it in texture, slightly in colour, and by the shading of its edge. Distractors differ in tone and colour
-only, so that neither finds the objects.
+A scene is a field of tone, coloured by one earthy palette. An object has finer texture than its ground,
+turned against it, a slight shift in tone and colour, and a shaded edge. Distractors are shifted in tone and
+colour only, so that neither finds the objects.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from convlora.data.transforms import Resize
 
 Array = NDArray[np.float32]
 
-DIAMETERS = (0.025, 0.8)  # of a disc of the object's area, as a part of the image's side
+DIAMETERS = (0.02, 0.8)  # of a disc of the object's area, as a part of the image's side
 OBJECTS = (0.05, 0.70, 0.17, 0.08)  # share of scenes with 0, 1, 2 and 3 objects
 _SUBPIXEL = 4  # fractional bits of OpenCV's coordinates
 
@@ -57,7 +57,8 @@ class Synthetic(SegmentationDataModule):
         seed: int = 0,
         scene_seed: int = 0,
     ):
-        super().__init__("synthetic", "synthetic", class_names, resize, augment, batch_size, num_workers, seed)
+        name = "synthetic"
+        super().__init__(name, name, class_names, resize, augment, batch_size, num_workers, seed)
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.size = size
         self.scene_seed = scene_seed
@@ -70,9 +71,13 @@ class Synthetic(SegmentationDataModule):
             for i in range(self.sizes[split])
         ]
 
+    def files(self, pair: Pair) -> list[Path]:
+        """Name none: a scene is drawn, not loaded."""
+        return []
+
     def read(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Draw the scene that `pair` names."""
-        split, index = SPLITS.index(pair.image.parts[-3]), int(pair.image.stem)  # type: ignore[arg-type]
+        split, index = SPLITS.index(pair.image.parts[-3]), int(pair.image.stem)
         return draw_scene(np.random.default_rng([self.scene_seed, split, index]), self.size)
 
 
@@ -136,7 +141,7 @@ def _diameter(rng: np.random.Generator) -> float:
 
 def _ground_texture(rng: np.random.Generator) -> Texture:
     return Texture(
-        wavelength=float(np.exp(rng.uniform(np.log(0.02), np.log(0.07)))),
+        wavelength=float(np.exp(rng.uniform(np.log(0.03), np.log(0.08)))),
         angle=rng.uniform(0, np.pi),
         focus=rng.uniform(0, 4),
         contrast=rng.uniform(0.6, 0.9),
@@ -144,11 +149,9 @@ def _ground_texture(rng: np.random.Generator) -> Texture:
 
 
 def _object_texture(rng: np.random.Generator, ground: Texture, diameter: float) -> Texture:
-    """Texture of another scale and direction than the ground's, fine enough to show on the object."""
-    ratio = 2 ** rng.uniform(0.8, 1.6)
-    finer = ground.wavelength > 0.035
+    """Texture finer than the ground's, so that figure and ground can be told apart, and turned."""
     return Texture(
-        wavelength=min(ground.wavelength / ratio if finer else ground.wavelength * ratio, diameter / 2),
+        wavelength=min(max(ground.wavelength / 2 ** rng.uniform(0.9, 1.6), 0.015), diameter / 2),
         angle=ground.angle + rng.uniform(np.pi / 4, 3 * np.pi / 4),
         focus=rng.uniform(0, 4),
         contrast=ground.contrast * rng.uniform(0.8, 1.3),
@@ -183,17 +186,19 @@ def _outline(rng: np.random.Generator) -> NDArray[np.float64]:
         points = points - spine.mean()
     points = points * np.exp(1j * rng.uniform(0, 2 * np.pi))
     area = abs((points.conj() * np.roll(points, -1)).imag.sum()) / 2
-    return np.stack([points.real, points.imag], -1) / np.sqrt(area)
+    return np.asarray(np.stack([points.real, points.imag], -1) / np.sqrt(area))
 
 
 def _cover(rng: np.random.Generator, size: int, diameter: float) -> Array:
     """Return the part of each pixel [size, size] that an object of `diameter` covers."""
     margin = min(0.3 * diameter + 0.02, 0.5)
     outline = _outline(rng) * diameter * np.sqrt(np.pi) / 2 + rng.uniform(margin, 1 - margin, 2)
-    canvas = np.zeros((size, size), np.uint8)
-    corners = np.rint((outline * size - 0.5) * 2**_SUBPIXEL).astype(np.int32)
+    # OpenCV widens what it fills by half a pixel; at twice the size that is a quarter
+    canvas = np.zeros((2 * size, 2 * size), np.uint8)
+    corners = np.rint((outline * 2 * size - 0.5) * 2**_SUBPIXEL).astype(np.int32)
     cv2.fillPoly(canvas, [corners], 255, cv2.LINE_AA, _SUBPIXEL)
-    return canvas.astype(np.float32) / 255
+    cover = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
+    return np.asarray(cover, np.float32) / np.float32(255)
 
 
 def _add_distractors(rng: np.random.Generator, tone: Array, tint: Array) -> None:
@@ -231,19 +236,22 @@ def _relief(cover: Array, diameter: float, light: float) -> Array:
     soft = cv2.blur(cover, (2 * max(1, round(0.07 * diameter)) + 1,) * 2)
     reach = max(1.0, 0.05 * diameter)
     x, y = reach * np.cos(light), reach * np.sin(light)
-    away = cv2.warpAffine(soft, np.array([[1, 0, -x], [0, 1, -y]]), soft.shape, borderMode=cv2.BORDER_REPLICATE)
-    return 1 + cover * np.float32(0.25) * (soft - 1) + np.float32(0.3) * (soft - away)
+    move = np.array([[1, 0, -x], [0, 1, -y]])
+    away = cv2.warpAffine(soft, move, soft.shape, borderMode=cv2.BORDER_REPLICATE)
+    relief: Array = 1 + cover * np.float32(0.25) * (soft - 1) + np.float32(0.3) * (soft - away)
+    return relief
 
 
 def _color(rng: np.random.Generator, tone: Array, tint: Array) -> Array:
     """Colour tones by an earthy ramp from dark (-2) to light (2), shifted in chroma by `tint`; 0..255."""
-    hue = rng.uniform(20, 110) + rng.uniform(-15, 15, 3)  # degrees, brown to green
+    hue = rng.uniform(20, 110) + rng.uniform(-15, 15, 3)  # degrees, from brown to green
     saturation = rng.uniform(0.1, 0.45) * rng.uniform(0.7, 1.3, 3)
     value = [rng.uniform(0.1, 0.25), rng.uniform(0.35, 0.5), rng.uniform(0.65, 0.9)]
     hsv = np.stack([hue, saturation, value], -1)[None].astype(np.float32)
     palette = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0]
     ramp = np.linspace(-2, 2, 256)
     table = np.stack([np.interp(ramp, (-2, 0, 2), channel) for channel in palette.T], -1).astype(np.float32)
-    color = table[np.clip(tone * 64 + 128, 0, 255).astype(np.uint8)]
+    color: Array = table.take(np.clip(tone * 64 + 128, 0, 255).astype(np.uint8), 0)
     chroma = np.array([[255, rng.uniform(-255, 255), -255]], np.float32)  # red or orange against blue or teal
-    return color + tint[..., None] * chroma
+    color += tint[..., None] * chroma
+    return color

@@ -38,7 +38,8 @@ class ConvLoRALinear(LoRALinear):
     def bottleneck(self, z: Tensor) -> Tensor:
         """Add the chosen experts' output to the tokens [n, h, w, rank] or [n, l, rank], l a square window."""
         grid = as_grid(z)
-        return z + self.experts(grid, self.gate(grid)).reshape(z.shape)
+        mixed: Tensor = self.experts(grid, self.gate(grid))
+        return z + mixed.reshape(z.shape)
 
 
 class ConvLoRAEquationLinear(LoRALinear):
@@ -59,7 +60,8 @@ class ConvLoRAEquationLinear(LoRALinear):
     def bottleneck(self, z: Tensor) -> Tensor:
         """Replace the tokens [n, h, w, rank] or [n, l, rank] by the chosen experts' output."""
         grid = as_grid(z)
-        return self.experts(grid, self.gate(grid)).reshape(z.shape)
+        mixed: Tensor = self.experts(grid, self.gate(grid))
+        return mixed.reshape(z.shape)
 
 
 def as_grid(tokens: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def as_grid(tokens: Tensor) -> Tensor:
             f"Conv-LoRA needs tokens on a grid, [n, h, w, c] or square windows [n, l, c], got "
             f"{list(tokens.shape)}; choose other peft.targets or peft=lora"
         )
-    return tokens.unflatten(1, (side, side))
+    return tokens.view(len(tokens), side, side, -1)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ def prob_in_top_k(clean: Tensor, noisy: Tensor, std: Tensor, top_values: Tensor)
     # The k-th largest of the others: an expert that is in competes with the first one left out.
     to_stay_in, to_get_in = top_values[:, -1:], top_values[:, -2:-1]
     threshold = torch.where(noisy > to_stay_in, to_stay_in, to_get_in)
-    return torch.special.ndtr((clean - threshold) / std)
+    probability: Tensor = torch.special.ndtr((clean - threshold) / std)
+    return probability
 
 
 def cv_squared(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): a trainable update of low rank beside a frozen linear layer."""
+"""LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): a trainable low-rank update of a frozen linear layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from convlora.peft.base import replace_linears
 class LoRALinear(nn.Module):
     """A frozen linear layer with its low-rank update: y = W x + (alpha / rank) B A x.
 
-    A starts as PyTorch initialises a linear layer and B at zero, so the adapted layer starts as the frozen one.
+    A starts as PyTorch initialises a linear layer, B at zero: the adapted layer starts as the frozen one.
 
     Args:
         base: the frozen layer.

@@ -40,7 +40,8 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).view(n, l, self.num_heads, 3, -1).permute(3, 0, 2, 1, 4)
         bias = self.attention_biases[:, self.attention_bias_idxs].to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(n, l, c))
+        out: Tensor = self.proj(x.transpose(1, 2).reshape(n, l, c))
+        return out
 
 
 class TinyViTEncoder(nn.Module):

@@ -4,7 +4,13 @@ import torch
 from conftest import golden
 from torch import Tensor, nn
 
-from convlora.peft.conv_lora import ConvLoRA, ConvLoRAEquation, ConvLoRAEquationLinear, ConvLoRALinear, as_grid
+from convlora.peft.conv_lora import (
+    ConvLoRA,
+    ConvLoRAEquation,
+    ConvLoRAEquationLinear,
+    ConvLoRALinear,
+    as_grid,
+)
 
 CASES = ("windows_eval", "windows_train", "image_eval", "oblong_eval")
 Reference = dict[str, Tensor]

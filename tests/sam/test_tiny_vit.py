@@ -35,6 +35,7 @@ def test_real_weights_segment_a_polyp_from_a_box(shared: Path) -> None:
     import numpy as np
     from PIL import Image
 
+    from convlora.data.samples import to_tensor
     from convlora.data.transforms import SquareResize, eval_transform
 
     sam, _ = load_backbone(MobileSam("mobile_sam", 512, str(shared / "weights/mobile_sam.pt")))
@@ -42,7 +43,8 @@ def test_real_weights_segment_a_polyp_from_a_box(shared: Path) -> None:
     scores = []
     for path in images:
         mask = np.array(Image.open(path.parents[1] / "masks" / f"{path.stem}.png")) > 127
-        pixels = eval_transform(SquareResize(512))(image=np.array(Image.open(path).convert("RGB")))["image"]
+        image = np.array(Image.open(path).convert("RGB"))
+        pixels = to_tensor(eval_transform(SquareResize(512))(image=image)["image"])
         rows, columns = np.nonzero(mask)
         box = torch.tensor([[columns.min(), rows.min(), columns.max(), rows.max()]]) * 512 / mask.shape[0]
         with torch.inference_mode():

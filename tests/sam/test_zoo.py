@@ -24,7 +24,9 @@ MODELS = sorted((ROOT / "conf" / "model").glob("*.yaml"))
 
 
 def from_conf(name: str) -> Backbone:
-    backbone: Backbone = instantiate(yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text()), _convert_="all")
+    backbone: Backbone = instantiate(
+        yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text()), _convert_="all"
+    )
     return backbone
 
 
@@ -72,7 +74,9 @@ def test_random_weights_are_the_same_in_every_process(tiny: SamViT, caplog: pyte
     torch.manual_seed(2)
     second, hash_2 = load_backbone(tiny)
     assert hash_1 == hash_2
-    assert torch.equal(first.image_encoder.patch_embed.proj.weight, second.image_encoder.patch_embed.proj.weight)
+    assert torch.equal(
+        first.image_encoder.patch_embed.proj.weight, second.image_encoder.patch_embed.proj.weight
+    )
     assert "random frozen weights" in caplog.text
 
 
@@ -115,7 +119,9 @@ def test_image_size_off_the_patch_grid_is_refused(tiny: SamViT, size: int) -> No
 
 
 def test_missing_weights_file_is_named(tiny: SamViT) -> None:
-    with pytest.raises(FileNotFoundError, match=r"tiny: no weights file at nowhere.pth; set model.weights=PATH"):
+    with pytest.raises(
+        FileNotFoundError, match=r"tiny: no weights file at nowhere.pth; set model.weights=PATH"
+    ):
         load_backbone(replace(tiny, weights="nowhere.pth"))
 
 
@@ -144,7 +150,9 @@ def test_code_in_a_weights_file_does_not_run(tiny: SamViT, tmp_path: Path) -> No
 
 
 def test_weights_of_another_model_are_refused(tiny: SamViT, weights: Path) -> None:
-    with pytest.raises(ValueError, match=r"tiny.pth holds another model; .* of another shape \(first .*take|Take"):
+    with pytest.raises(
+        ValueError, match=r"tiny.pth holds another model; .* of another shape \(first .*take|Take"
+    ):
         load_backbone(replace(tiny, weights=str(weights), embed_dim=24))
     with pytest.raises(ValueError, match=r"holds another model; .* missing \(first image_encoder.blocks.2"):
         load_backbone(replace(tiny, weights=str(weights), depth=3))
@@ -220,10 +228,14 @@ def test_mobile_sam_accepts_its_checkpoint(shared: Path) -> None:
     sam, _ = load_backbone(MobileSam("mobile_sam", image_size=256, weights=str(path)))
     expected = torch.load(path, weights_only=True)
     own = sam.state_dict()
-    assert torch.equal(own["image_encoder.stages.3.blocks.1.attn.qkv.weight"],
-                       expected["image_encoder.layers.3.blocks.1.attn.qkv.weight"])
-    assert torch.equal(own["image_encoder.stages.1.downsample.conv2.conv.weight"],
-                       expected["image_encoder.layers.0.downsample.conv2.c.weight"])
+    assert torch.equal(
+        own["image_encoder.stages.3.blocks.1.attn.qkv.weight"],
+        expected["image_encoder.layers.3.blocks.1.attn.qkv.weight"],
+    )
+    assert torch.equal(
+        own["image_encoder.stages.1.downsample.conv2.conv.weight"],
+        expected["image_encoder.layers.0.downsample.conv2.c.weight"],
+    )
 
 
 def test_mobile_sam_refuses_a_checkpoint_of_sam(tiny: SamViT, weights: Path) -> None:

@@ -1,0 +1,128 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import py_sod_metrics
+import pytest
+from conftest import ROOT, SMALL, Commands
+
+from convlora import evaluate, predict, train
+
+TEST_SET = ("dataset=synthetic", "dataset.size=48", "dataset.test_size=5", "dataset.num_workers=0")
+QUIET = ("trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
+
+
+@pytest.fixture
+def run(cli: Commands) -> Path:
+    done = cli(train, *SMALL, "logger=csv", "run_dir=run")
+    assert done.code == 0, done.err
+    return Path("run")
+
+
+def scores(folder: str | Path) -> dict[str, float]:
+    record: dict[str, float] = json.loads((Path(folder) / "scores.json").read_text())
+    return record
+
+
+def test_adapter_reproduces_its_scores_in_a_new_process(run: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "convlora.evaluate", f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET,
+         "output=again"],
+        check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    expected = json.loads((run / "summary.json").read_text())["test"]
+    found = scores("again")
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert (Path("again") / "overlays.png").is_file()
+
+
+def test_means_are_those_of_the_image_table(cli: Commands, run: Path) -> None:
+    done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "output=out",
+               "dataset.batch_size=2")  # fmt: skip
+    assert done.code == 0, done.err
+    with Path("out/images.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    for name in ("dice", "iou", "mae", "s_measure", "e_measure", "weighted_f_measure"):
+        assert np.mean([float(row[name]) for row in rows]) == pytest.approx(scores("out")[name], abs=1e-6)
+        assert f"{scores('out')[name]:.4f}" in done.out
+
+
+@pytest.mark.slow
+def test_two_ranks_score_an_odd_set_as_one_does(run: Path) -> None:
+    for devices, output in ((1, "one"), (2, "two")):
+        subprocess.run(
+            [sys.executable, "-m", "convlora.evaluate", f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET,
+             f"output={output}", f"trainer.devices={devices}", "trainer.strategy=ddp" if devices > 1 else ""][: 9 + (devices > 1)],
+            check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    one, two = scores("one"), scores("two")
+    assert two["images"] == 5
+    assert {**two, "checkpoint": ""} == pytest.approx({**one, "checkpoint": ""}, abs=1e-6)
+
+
+def test_written_masks_score_the_same_by_pysodmetrics(cli: Commands, run: Path, tmp_path: Path) -> None:
+    """Predict a folder of images, then score the PNGs without any of this library's scores."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (tmp_path / "mine" / kind).mkdir(parents=True)
+    for i, (height, width) in enumerate([(40, 40), (70, 50), (33, 90)]):
+        cv2.imwrite(f"mine/images/{i}.png", rng.integers(0, 255, (height, width, 3), np.uint8))
+        mask = np.zeros((height, width), np.uint8)
+        mask[8:30, 10:35] = 255
+        cv2.imwrite(f"mine/masks/{i}.png", mask)
+    checkpoint = f"checkpoint={run}/adapter.safetensors"
+    folder = ("dataset=folder", "data_root=mine", "dataset.num_workers=0")
+    assert cli(evaluate, checkpoint, *folder, *QUIET, "output=out").code == 0
+    done = cli(
+        predict, checkpoint, "input=mine/images", "output=found", "probabilities=true", "num_workers=0"
+    )
+    assert done.code == 0, done.err
+    s, e, f, mae = (py_sod_metrics.Smeasure(), py_sod_metrics.Emeasure(), py_sod_metrics.WeightedFmeasure(),
+                    py_sod_metrics.MAE())  # fmt: skip
+    overlap = py_sod_metrics.FmeasureV2({
+        "dice": py_sod_metrics.DICEHandler(with_dynamic=False, with_adaptive=False, with_binary=True,
+                                           sample_based=True),
+        "iou": py_sod_metrics.IOUHandler(with_dynamic=False, with_adaptive=False, with_binary=True,
+                                         sample_based=True),
+    })  # fmt: skip
+    for i in range(3):
+        mask = cv2.imread(f"mine/masks/{i}.png", cv2.IMREAD_GRAYSCALE)
+        prob = cv2.imread(f"found/probabilities/{i}.png", cv2.IMREAD_UNCHANGED)
+        binary = cv2.imread(f"found/{i}.png", cv2.IMREAD_UNCHANGED)
+        for score in (s, e, f, mae):
+            score.step(prob, mask)
+        overlap.step(binary, mask)
+    expected = {
+        "s_measure": s.get_results()["sm"],
+        "e_measure": e.get_results()["em"]["curve"].mean(),
+        "weighted_f_measure": f.get_results()["wfm"],
+        "mae": mae.get_results()["mae"],
+        "dice": overlap.get_results()["dice"]["binary"],
+        "iou": overlap.get_results()["iou"]["binary"],
+    }
+    found = scores("out")
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_other_class_count_is_refused(cli: Commands, run: Path) -> None:
+    done = cli(
+        evaluate,
+        f"checkpoint={run}/adapter.safetensors",
+        *TEST_SET,
+        "dataset.class_names=[a,b]",
+        "output=out",
+    )
+    assert done.code == 1
+    assert "segments 1 classes (object), synthetic has 2 (a, b)" in done.err
+
+
+def test_dataset_must_be_named(cli: Commands, run: Path) -> None:
+    done = cli(evaluate, f"checkpoint={run}/adapter.safetensors")
+    assert done.code == 1
+    assert "dataset" in done.err

@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import SMALL, Commands
+from numpy.typing import NDArray
+from PIL import Image
+
+from convlora import predict, train
+
+
+@pytest.fixture
+def checkpoint(cli: Commands) -> str:
+    done = cli(train, *SMALL, "logger=csv", "run_dir=run", "trainer.max_epochs=1")
+    assert done.code == 0, done.err
+    return "checkpoint=run/adapter.safetensors"
+
+
+def photo(path: Path, height: int = 30, width: int = 50) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def read(path: str) -> NDArray[np.uint8]:
+    picture = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+    assert picture is not None, path
+    return picture  # type: ignore[return-value]
+
+
+def test_every_image_gets_a_mask_of_its_own_size(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/a.png"), 30, 50)
+    photo(Path("in/sub/b.jpg"), 64, 20)
+    done = cli(predict, checkpoint, "input=in", "output=out", "num_workers=0", "batch_size=2",
+               "probabilities=true", "overlays=true")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "2 of 2 masks written to out" in done.out
+    for name, size in (("a", (30, 50)), ("sub/b", (64, 20))):
+        mask, prob = read(f"out/{name}.png"), read(f"out/probabilities/{name}.png")
+        assert mask.shape == prob.shape == size
+        assert set(np.unique(mask)) <= {0, 255}
+        assert np.array_equal(mask == 255, prob >= 128)
+        assert read(f"out/overlays/{name}.png").shape == (*size, 3)
+
+
+def test_batches_do_not_change_the_masks(cli: Commands, checkpoint: str) -> None:
+    for i in range(3):
+        photo(Path(f"in/{i}.png"), 20 + 9 * i, 40)
+    for size in (1, 3):
+        assert cli(predict, checkpoint, "input=in", f"output=out{size}", f"batch_size={size}", "num_workers=0",
+                   "probabilities=true").code == 0  # fmt: skip
+    for i in range(3):
+        one, three = (read(f"out{size}/probabilities/{i}.png").astype(int) for size in (1, 3))
+        assert np.abs(one - three).max() <= 1
+
+
+def test_one_file_is_enough(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/a.png"))
+    photo(Path("in/b.png"))
+    assert cli(predict, checkpoint, "input=in/a.png", "output=out", "num_workers=0").code == 0
+    assert [path.name for path in Path("out").iterdir()] == ["a.png"]
+
+
+def test_unreadable_files_are_reported_and_the_rest_is_done(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/good.png"))
+    photo(Path("in/cut.jpg"), 300, 300)
+    Path("in/cut.jpg").write_bytes(Path("in/cut.jpg").read_bytes()[:2000])
+    Path("in/text.png").write_text("no image")
+    done = cli(predict, checkpoint, "input=in", "output=out", "batch_size=3", "num_workers=0")
+    assert done.code == 1
+    assert "1 of 3 masks written" in done.out
+    assert "cut.jpg" in done.err
+    assert "text.png" in done.err
+    assert read("out/good.png").shape == (30, 50)
+
+
+def test_mask_of_a_rotated_photo_matches_what_a_viewer_shows(cli: Commands, checkpoint: str) -> None:
+    Path("in").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (50, 30)).save("in/a.jpg", exif=exif)
+    assert cli(predict, checkpoint, "input=in", "output=out", "num_workers=0").code == 0
+    assert read("out/a.png").shape == (50, 30)
+
+
+def test_images_of_one_stem_keep_their_whole_name(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/a.png"))
+    photo(Path("in/a.jpg"), 20, 20)
+    assert cli(predict, checkpoint, "input=in", "output=out", "num_workers=0").code == 0
+    assert read("out/a.png.png").shape == (30, 50)
+    assert read("out/a.jpg.png").shape == (20, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["input=nowhere", "output=out"], "input=nowhere: no such file or folder"),
+        (["input=empty", "output=out"], "input=empty: no images in it"),
+        (["input=in", "output=in"], "masks would replace images"),
+        (["input=in/a.png", "output=in"], "masks would replace images"),
+        (["input=in", "output=out", "device=tpu9000"], "device=tpu9000"),
+    ],
+)
+def test_impossible_requests_are_explained(
+    cli: Commands, checkpoint: str, arguments: list[str], message: str
+) -> None:
+    photo(Path("in/a.png"))
+    Path("empty").mkdir()
+    done = cli(predict, checkpoint, *arguments)
+    assert done.code == 1
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_masks_inside_the_input_are_not_taken_for_images(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/a.png"))
+    for _ in range(2):
+        done = cli(predict, checkpoint, "input=in", "output=in/masks", "num_workers=0")
+        assert "1 of 1 masks written" in done.out

@@ -1,0 +1,235 @@
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL, Commands
+from safetensors.torch import load_file
+
+from convlora import train
+
+QUIET = (*SMALL, "logger=csv")
+Weights = dict[str, torch.Tensor]
+
+
+def weights(run: str | Path) -> Weights:
+    state: Weights = torch.load(Path(run) / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) -> None:
+    done = cli(train, *SMALL, "run_dir=run", "trainer.accumulate_grad_batches=2")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    state = load_file("run/adapter.safetensors")
+    trainable = sum(value.numel() for value in state.values())
+    assert f"{trainable:,} trainable of" in lines[0]
+    assert "64 x 64" in lines[1]
+    assert "4 = 2 per device x 1 device x 2 accumulated" in lines[2]
+    assert lines[3].endswith("/run")
+    assert "weighted_f_measure" in done.out
+    left = {path.name for path in Path("run").iterdir()}
+    assert left >= {
+        "adapter.safetensors",
+        "last.ckpt",
+        "best.ckpt",
+        "summary.json",
+        "metrics.csv",
+        "config.yaml",
+        "overlays.png",
+        "wandb",
+    }
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["trainable_parameters"] == trainable
+    assert summary["steps"] == 2 * 3  # 5 batches an epoch, the last one alone
+    assert 0 <= summary["test"]["dice"] <= 1
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["peft"]["num_experts"] == 8
+    with Path("run/metrics.csv").open() as file:
+        assert sum(row["val/dice"] != "" for row in csv.DictReader(file)) == 2
+
+
+def test_checkpoints_hold_no_frozen_tensor(cli: Commands) -> None:
+    assert cli(train, *QUIET, "run_dir=run").code == 0
+    adapter = load_file("run/adapter.safetensors")
+    assert weights("run").keys() == adapter.keys()
+    assert not any(".base." in name or name.startswith("prompt_encoder") for name in adapter)
+    moments = torch.load("run/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    assert len(moments) == len(adapter)
+
+
+def test_same_seed_same_weights(cli: Commands) -> None:
+    for run, seed, workers in (("a", 1, 0), ("b", 1, 2), ("c", 2, 0)):
+        done = cli(train, *QUIET, f"run_dir={run}", f"seed={seed}", f"dataset.num_workers={workers}")
+        assert done.code == 0, done.err
+    assert same(weights("a"), weights("b"))
+    assert not same(weights("a"), weights("c"))
+
+
+def test_killed_run_resumes_bit_for_bit(cli: Commands, tmp_path: Path) -> None:
+    job = (*QUIET, "trainer.max_epochs=6", "dataset.train_size=24", "trainer.log_every_n_steps=1")
+    assert cli(train, *job, "run_dir=whole").code == 0
+    command = [sys.executable, "-m", "convlora.train", *job, "run_dir=killed"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
+    )
+    log, deadline = Path("killed/metrics.csv"), time.monotonic() + 120
+    while not Path("killed/last.ckpt").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done_before = torch.load("killed/last.ckpt", weights_only=True)["global_step"]
+    assert 0 < done_before < 6 * 12
+    logged_before = log.read_text().count("\n") if log.is_file() else 0
+    resumed = cli(train, *job, "run_dir=killed", "ckpt_path=last")
+    assert resumed.code == 0, resumed.err
+    assert same(weights("killed"), weights("whole"))
+    assert Path("killed/summary.json").is_file()
+    one, other = (json.loads(Path(run, "summary.json").read_text()) for run in ("killed", "whole"))
+    assert one["test"] == other["test"]
+    assert one["val/dice"] == other["val/dice"]
+    assert log.read_text().count("\n") >= logged_before
+    with log.open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 6 * 12 - 1
+
+
+def test_resuming_where_nothing_is_to_resume_is_an_error(cli: Commands) -> None:
+    assert cli(train, *QUIET, "run_dir=runs/first").code == 0
+    done = cli(train, *QUIET, "run_dir=runs/second", "ckpt_path=last")
+    assert done.code == 1
+    assert "ckpt_path=last: no checkpoint at" in done.err
+    assert "run_dir=" in done.err
+    assert "runs/first" in done.err
+
+
+def test_a_finished_run_is_not_overwritten(cli: Commands) -> None:
+    assert cli(train, *QUIET, "run_dir=run").code == 0
+    before = weights("run")
+    done = cli(train, *QUIET, "run_dir=run", "seed=3")
+    assert done.code == 1
+    assert "already holds a run" in done.err
+    assert same(weights("run"), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("peft.rank=4", "of another shape"),
+        ("model.depth=3", "trained on base_sha256"),
+        ("peft=lora", "unknown"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(cli: Commands, change: str, message: str) -> None:
+    assert cli(train, *QUIET, "run_dir=run").code == 0
+    done = cli(train, *QUIET, "run_dir=run", "ckpt_path=last", change)
+    assert done.code == 1
+    assert message in done.err
+
+
+def test_dry_run_needs_no_weights_and_no_data(cli: Commands) -> None:
+    done = cli(train, "dry_run=true", "model=sam_vit_h", "dataset=kvasir", "run_dir=run")
+    assert done.code == 0, done.err
+    assert "4,020,096 trainable of" in done.out
+    assert "1024 x 1024" in done.out
+    assert not Path("run/last.ckpt").exists()
+
+
+def test_misspelt_key_on_the_command_line_is_named(cli: Commands) -> None:
+    done = cli(train, *QUIET, "peft.rnak=3")
+    assert done.code == 1
+    assert "peft.rnak" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dataset/mine.yaml", {"_target_": "convlora.data.folder.Folder", "nmae": "mine"},
+         "dataset: unknown key 'nmae'; did you mean 'name'?"),
+        ("experiment/mine.yaml", {"sead": 3}, "train: unknown key 'sead'; did you mean 'seed'?"),
+        ("experiment/mine.yaml", {"peft": {"num_expert": 3}}, "peft: unknown key 'num_expert'; did you mean 'num_experts'?"),
+    ],
+)  # fmt: skip
+def test_misspelt_key_in_a_file_is_named(
+    cli: Commands, tmp_path: Path, file: str, content: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "conf" / file
+    path.parent.mkdir(parents=True)
+    header = "# @package _global_\n" if "experiment" in file else ""
+    path.write_text(header + yaml.safe_dump(content))
+    group = file.split("/")[0]
+    choice = [f"{group}=mine"] if group == "dataset" else ["experiment=mine", *QUIET]
+    done = cli(train, "--config-dir", str(tmp_path / "conf"), *choice, "run_dir=run")
+    assert done.code == 1
+    assert message in done.err
+
+
+def test_full_disk_is_found_before_training(cli: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024, as shutil's
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 2**20, 2**20))
+    done = cli(train, *QUIET, "run_dir=run")
+    assert done.code == 1
+    assert "has 1 MiB left on its disk" in done.err
+    assert not Path("run/config.yaml").exists()
+
+
+def test_run_folder_that_cannot_be_written_is_named(cli: Commands) -> None:
+    Path("file").write_text("")
+    done = cli(train, *QUIET, "run_dir=file/run")
+    assert done.code == 1
+    assert "file/run" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_half_precision_trains(cli: Commands, precision: str) -> None:
+    done = cli(train, *QUIET, "run_dir=run", f"trainer.precision={precision}")
+    assert done.code == 0, done.err
+    assert all(
+        torch.isfinite(value).all() and value.dtype == torch.float32 for value in weights("run").values()
+    )
+
+
+def test_sweep_logs_every_job(cli: Commands) -> None:
+    done = cli(train, "-m", *SMALL, "trainer.max_epochs=1", "peft.num_experts=2,3", "peft.rank=2",
+               "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}")  # fmt: skip
+    assert done.code == 0, done.err
+    for job, experts in (("0", 2), ("1", 3)):
+        assert load_file(f"sweep/{job}/adapter.safetensors")[
+            "image_encoder.blocks.0.attn.qkv.gate.weight"
+        ].shape == (2, experts)
+        assert list(Path(f"sweep/{job}/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_early_stopping_keeps_the_best_epoch(cli: Commands) -> None:
+    done = cli(train, *QUIET, "run_dir=run", "trainer.max_epochs=9", "early_stopping.patience=1",
+               "early_stopping.min_delta=1")  # fmt: skip
+    assert done.code == 0, done.err
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["epochs"] == 2
+    with Path("run/metrics.csv").open() as file:
+        dice = [float(row["val/dice"]) for row in csv.DictReader(file) if row["val/dice"]]
+    assert summary["val/dice"] == pytest.approx(max(dice), abs=1e-6)
+
+
+def test_tensorboard_is_an_option(cli: Commands) -> None:
+    done = cli(train, *SMALL, "logger=tensorboard", "trainer.max_epochs=1", "run_dir=run")
+    assert done.code == 0, done.err
+    assert list(Path("run/tensorboard").glob("events.*"))
+    assert Path("run/metrics.csv").is_file()
