@@ -35,6 +35,9 @@ CONF = next(
     path for path in (Path(__file__).with_name("conf"), Path(__file__).parents[1] / "conf") if path.is_dir()
 )
 
+# What a user can mend; anything else is a defect and keeps its traceback.
+USER_ERRORS = (OSError, ValueError, HydraException, OmegaConfBaseException, MisconfigurationException)
+
 FORMAT = "convlora-adapter-1"
 # What an adapter file may ask to be built: its config comes from whoever made the file.
 ADAPTER_TARGETS = ("convlora.sam.", "convlora.peft.", "convlora.data.transforms.")
@@ -52,20 +55,16 @@ def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any])
 
     def main() -> None:
         _quiet()
-        verbose = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+        full = os.environ.get("HYDRA_FULL_ERROR", "0")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra hands its exceptions on instead of printing them
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
-        except (
-            OSError,
-            ValueError,
-            HydraException,
-            OmegaConfBaseException,
-            MisconfigurationException,
-        ) as error:
-            if verbose:
+        except USER_ERRORS as error:
+            if full != "0":
                 traceback.print_exc()
             sys.exit(f"error: {error}")
+        finally:
+            os.environ["HYDRA_FULL_ERROR"] = full
 
     return main
 

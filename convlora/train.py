@@ -60,38 +60,29 @@ def train(config: TrainConfig) -> float | None:
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     data: SegmentationDataModule = make("dataset", config.dataset)
+    outline = outline_segmenter(config.model, config.peft)
     if config.dry_run:
         trainer: Trainer = make("trainer", config.trainer, logger=False, enable_checkpointing=False)
-        announce(trainer, data, outline_segmenter(config.model, config.peft), config, run_dir)
+        announce(trainer, data, outline, run_dir)
         return None
     ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
     data.setup("fit")
     data.setup("test")  # a missing test set should not come out after the training
-    seed_everything(config.seed, workers=True, verbose=False)
-    segmenter, identity = make_segmenter(config.model, config.peft)
-    check_run_dir(run_dir, segmenter)
+    check_run_dir(run_dir, outline)
     try:
-        task = SegmentationTask(
-            segmenter,
-            make("loss", config.loss),
-            make("metrics", config.metrics),
-            make("optimizer", config.optimizer),
-            identity,
-            config.seed,
-        )
-        return run(task, data, config, run_dir, ckpt_path)
+        return fit_and_test(config, data, outline, run_dir, ckpt_path)
     finally:
         finish_wandb()
 
 
-def run(
-    task: SegmentationTask,
-    data: SegmentationDataModule,
+def fit_and_test(
     config: TrainConfig,
+    data: SegmentationDataModule,
+    outline: Segmenter,
     run_dir: Path,
     ckpt_path: Path | None,
 ) -> float | None:
-    """Fit, test and write what a run leaves behind; returns the best validation score."""
+    """Write the run folder; returns the best validation score."""
     table = ScoreTable()
     watched = {"monitor": config.early_stopping["monitor"], "mode": config.early_stopping["mode"]}
     best = ModelCheckpoint(run_dir, "best", **watched, enable_version_counter=False)
@@ -111,10 +102,17 @@ def run(
         enable_model_summary=False,
     )
     if trainer.is_global_zero:
-        announce(trainer, data, task.segmenter, config, run_dir)
+        announce(trainer, data, outline, run_dir)
         OmegaConf.save(asdict(config), run_dir / "config.yaml")
         for logger in loggers:
             logger.log_hyperparams(flatten(asdict(config)))
+
+    seed_everything(config.seed, workers=True, verbose=False)
+    segmenter, identity = make_segmenter(config.model, config.peft)
+    loss, scores = make("loss", config.loss), make("metrics", config.metrics)
+    task = SegmentationTask(
+        segmenter, loss, scores, make("optimizer", config.optimizer), identity, config.seed
+    )
     start = time.monotonic()
     trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
     fitted = {
@@ -123,37 +121,33 @@ def run(
         "fit_seconds": round(time.monotonic() - start, 1),
     }
     best_score = None if best.best_model_score is None else best.best_model_score.item()
-    scores = trainer.test(
-        task, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False
-    )[0]
+    best_path = best.best_model_path or None
+    [tested] = trainer.test(task, data, ckpt_path=best_path, weights_only=True, verbose=False)
     if trainer.is_global_zero:
-        means = {name.removeprefix("test/"): value for name, value in scores.items()}
-        save_adapter(
-            run_dir / "adapter.safetensors", task.segmenter, asdict(config), data.class_names, task.identity
-        )
+        means = {name.removeprefix("test/"): value for name, value in tested.items()}
+        path = run_dir / "adapter.safetensors"
+        save_adapter(path, segmenter, asdict(config), data.class_names, identity)
         summary = {
             "test": means,
             config.early_stopping["monitor"]: best_score,
             **fitted,
-            "trainable_parameters": count(task.segmenter, trainable=True),
-            "total_parameters": count(task.segmenter),
-            **task.identity,
+            "trainable_parameters": count(segmenter, trainable=True),
+            "total_parameters": count(segmenter),
+            **identity,
         }
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         console.print(render_scores(f"{data.name}, test", means))
-        console.print(f"adapter: {run_dir / 'adapter.safetensors'}")
+        console.print(f"adapter: {path}")
     return best_score
 
 
-def announce(
-    trainer: Trainer, data: SegmentationDataModule, segmenter: Segmenter, config: TrainConfig, run_dir: Path
-) -> None:
+def announce(trainer: Trainer, data: SegmentationDataModule, outline: Segmenter, run_dir: Path) -> None:
     """Print what is about to be trained, before anything takes time."""
     devices = trainer.num_devices * trainer.num_nodes
     accumulation = trainer.accumulate_grad_batches
     console.print(
-        f"parameters      {count(segmenter, trainable=True):,} trainable of {count(segmenter):,}\n"
-        f"image size      {config.model['image_size']} x {config.model['image_size']}\n"
+        f"parameters      {count(outline, trainable=True):,} trainable of {count(outline):,}\n"
+        f"image size      {data.resize.image_size} x {data.resize.image_size}\n"
         f"effective batch {data.batch_size * devices * accumulation} = {data.batch_size} per device x "
         f"{devices} device{'s' * (devices > 1)} x {accumulation} accumulated\n"
         f"run folder      {run_dir}"

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from convlora.sam.zoo import SamViT
 
+torch.set_num_threads(1)  # models this small gain nothing from more, and lose when cores are busy
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden")
 

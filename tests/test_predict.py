@@ -48,8 +48,8 @@ def test_batches_do_not_change_the_masks(cli: Commands, checkpoint: str) -> None
     for i in range(3):
         photo(Path(f"in/{i}.png"), 20 + 9 * i, 40)
     for size in (1, 3):
-        assert cli(predict, checkpoint, "input=in", f"output=out{size}", f"batch_size={size}", "num_workers=0",
-                   "probabilities=true").code == 0  # fmt: skip
+        options = (f"output=out{size}", f"batch_size={size}", "num_workers=0", "probabilities=true")
+        assert cli(predict, checkpoint, "input=in", *options).code == 0
     for i in range(3):
         one, three = (read(f"out{size}/probabilities/{i}.png").astype(int) for size in (1, 3))
         assert np.abs(one - three).max() <= 1

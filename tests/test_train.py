@@ -163,7 +163,8 @@ def test_misspelt_key_on_the_command_line_is_named(cli: Commands) -> None:
         ("dataset/mine.yaml", {"_target_": "convlora.data.folder.Folder", "nmae": "mine"},
          "dataset: unknown key 'nmae'; did you mean 'name'?"),
         ("experiment/mine.yaml", {"sead": 3}, "train: unknown key 'sead'; did you mean 'seed'?"),
-        ("experiment/mine.yaml", {"peft": {"num_expert": 3}}, "peft: unknown key 'num_expert'; did you mean 'num_experts'?"),
+        ("experiment/mine.yaml", {"peft": {"num_expert": 3}},
+         "peft: unknown key 'num_expert'; did you mean 'num_experts'?"),
     ],
 )  # fmt: skip
 def test_misspelt_key_in_a_file_is_named(
@@ -181,7 +182,7 @@ def test_misspelt_key_in_a_file_is_named(
 
 
 def test_full_disk_is_found_before_training(cli: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024, as shutil's
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 2**20, 2**20))
     done = cli(train, *QUIET, "run_dir=run")
     assert done.code == 1
@@ -219,7 +220,7 @@ def test_sweep_logs_every_job(cli: Commands) -> None:
 
 def test_early_stopping_keeps_the_best_epoch(cli: Commands) -> None:
     done = cli(train, *QUIET, "run_dir=run", "trainer.max_epochs=9", "early_stopping.patience=1",
-               "early_stopping.min_delta=1")  # fmt: skip
+               "+early_stopping.min_delta=1")  # fmt: skip
     assert done.code == 0, done.err
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["epochs"] == 2

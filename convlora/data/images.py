@@ -62,8 +62,8 @@ def read_mask(path: Path, threshold: int | None = None) -> NDArray[np.uint8]:
     if threshold is not None:
         if 0 < found[-1] <= min(1, threshold):
             raise ValueError(
-                f"{path}: the mask has the values 0 and 1, of which none is above dataset.threshold={threshold}; "
-                "leave the threshold out for such masks"
+                f"{path}: the mask has the values 0 and 1, none above dataset.threshold={threshold}; leave "
+                "the threshold out for such masks"
             )
         return np.asarray(values > threshold, dtype=np.uint8)
     if not any(binary.issuperset(found.tolist()) for binary in _BINARY_VALUES):
