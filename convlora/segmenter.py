@@ -73,7 +73,7 @@ class Segmenter(nn.Module):
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = MaskDecoder(sam.mask_decoder, num_masks).requires_grad_(True)
         _, dense_prompt = self.prompt_encoder(points=None, boxes=None, masks=None)
-        self.register_buffer("dense_prompt", dense_prompt, persistent=False)
+        self.register_buffer("dense_prompt", dense_prompt.contiguous(), persistent=False)
         self.register_buffer("position_encoding", self.prompt_encoder.get_dense_pe(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
