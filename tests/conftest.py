@@ -7,9 +7,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import yaml
+from hydra.utils import instantiate
 from numpy.typing import NDArray
 
-from convlora.sam.zoo import SamViT
+from convlora.sam.zoo import Backbone, SamViT
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose when cores are busy
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
@@ -49,6 +51,15 @@ def tiny() -> SamViT:
         decoder_dim=32,
         decoder_mlp_dim=32,
     )
+
+
+def from_conf(name: str) -> Backbone:
+    """The backbone that conf/model/<name>.yaml describes."""
+    config = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())
+    backbone: Backbone = instantiate(
+        {key: value for key, value in config.items() if key != "defaults"}, _convert_="all"
+    )
+    return backbone
 
 
 def golden(file: str, prefix: str = "") -> dict[str, NDArray[np.float32]]:

@@ -2,9 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT
-from hydra.utils import instantiate
+from conftest import from_conf
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, TwoWayTransformer
 
 from convlora.peft.base import Method
@@ -20,9 +18,8 @@ def trainable(segmenter: Segmenter) -> int:
 
 
 def count(model: str, method: Method) -> int:
-    backbone = instantiate(yaml.safe_load((ROOT / f"conf/model/{model}.yaml").read_text()), _convert_="all")
     with torch.device("meta"):
-        return trainable(Segmenter(backbone.build(), method))
+        return trainable(Segmenter(from_conf(model).build(), method))
 
 
 @pytest.mark.parametrize(

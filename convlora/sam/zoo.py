@@ -111,6 +111,7 @@ class SamViT:
             window_size=self.window_size,
             global_attn_indexes=tuple(self.global_attn_indexes),
         )
+        _favour_texture(encoder)
         return _sam(encoder, self.image_size, self.patch_size, self.decoder_dim, self.decoder_mlp_dim)
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -212,6 +213,20 @@ def _sam(encoder: nn.Module, image_size: int, patch_size: int, dim: int, mlp_dim
     transformer = TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=mlp_dim, num_heads=8)
     mask_decoder = MaskDecoder(transformer_dim=dim, transformer=transformer)
     return Sam(encoder, prompt_encoder, mask_decoder).eval()
+
+
+@torch.no_grad()
+def _favour_texture(encoder: ImageEncoderViT) -> None:
+    """Make random features worth adapting: they answer to texture, where PyTorch's answer to brightness.
+
+    Patch filters lose their mean, and all weights before a GELU grow until it rectifies: frozen features then
+    measure the energy of random bands.
+    """
+    filters = encoder.patch_embed.proj.weight
+    filters.sub_(filters.mean(dim=(2, 3), keepdim=True)).mul_(3)
+    for block in encoder.blocks:
+        block.mlp.lin1.weight.mul_(3)
+        block.mlp.lin2.weight.mul_(3)
 
 
 def _check_image_size(name: str, image_size: int, patch_size: int) -> None:

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT
-from hydra.utils import instantiate
+from conftest import ROOT, from_conf
 
 from convlora.sam.zoo import (
-    Backbone,
     MobileSam,
     SamViT,
     load_backbone,
@@ -21,13 +18,6 @@ from convlora.sam.zoo import (
 )
 
 MODELS = sorted((ROOT / "conf" / "model").glob("*.yaml"))
-
-
-def from_conf(name: str) -> Backbone:
-    backbone: Backbone = instantiate(
-        yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text()), _convert_="all"
-    )
-    return backbone
 
 
 @pytest.fixture
