@@ -122,11 +122,12 @@ class Overlays(Callback):
         order = {name: index for index, name in enumerate(data.names("test"))}
         scored = list(self.table.rows)
         ranked = sorted(scored, key=lambda name: self.table.rows[name].get("dice", 0.0))
-        chosen = {scored[i]: "sample" for i in _spread(len(scored), FIXED)}
-        chosen |= dict.fromkeys(ranked[-EXTREME:], "best") | dict.fromkeys(ranked[:EXTREME], "worst")
+        chosen = [("sample", scored[i]) for i in _spread(len(scored), FIXED)]
+        chosen += [("best", name) for name in ranked[: -EXTREME - 1 : -1]]
+        chosen += [("worst", name) for name in ranked[:EXTREME]]
         rows = [
             (title, self.table.rows[name], *_predict(trainer, pl_module, "test", order[name]))
-            for name, title in sorted(chosen.items(), key=lambda item: item[1])
+            for title, name in chosen
         ]
         draw_page(rows, self.path)
 

@@ -116,7 +116,8 @@ class SegmentationTask(LightningModule):
     def _log_scores(self, stage: str) -> None:
         scores, mean_loss = self._metrics(stage)
         self.log(f"{stage}/loss", mean_loss.compute())
-        self.log_dict({name: value.float() for name, value in scores.compute().items()})
+        for name, value in scores.compute().items():
+            self.log(name, value.float(), prog_bar=name == "val/dice")
         mean_loss.reset()
         scores.reset()
 
