@@ -32,10 +32,9 @@ def wandb_logger(project: str, group: str, save_dir: str) -> WandbLogger:
     It never asks for a login; the variable WANDB_MODE overrides the choice.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
-    if "WANDB_MODE" in os.environ or wandb.login(prompt=False):
-        return WandbLogger(project=project, group=group, save_dir=save_dir)
-    # The logger's own `offline` sets a variable that wandb, asked about the login, has already read.
-    return WandbLogger(project=project, group=group, save_dir=save_dir, mode="offline")
+    # Told in so many words: the logger's own `offline` sets a variable that wandb may have read already.
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    return WandbLogger(project=project, group=group, save_dir=save_dir, mode=mode)
 
 
 def finish_wandb() -> None:

@@ -52,6 +52,10 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) ->
         "overlays.png",
         "wandb",
     }
+    assert {"peft.rank: 3", "optimizer.lr: 0.001"} <= set(Path("run/hparams.yaml").read_text().splitlines())
+    media = next(Path("run/wandb").glob("offline-run-*/files/media/images"))
+    assert len(list(media.glob("val/overlays*.png"))) == 2 * 3  # each validation shows its three samples
+    assert len(list(media.glob("mask/val/overlays*.png"))) == 2 * 3 * 2  # with truth and prediction
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["trainable_parameters"] == trainable
     assert summary["steps"] == 2 * 3  # 5 batches an epoch, the last one alone

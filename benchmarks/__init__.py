@@ -1,0 +1,1 @@
+"""Measurements that print ratios taken alternately in one run: `python -m benchmarks`."""
