@@ -5,11 +5,7 @@ A backbone is a frozen dataclass (`Backbone`): `build()` makes the architecture 
 by which an adapter recognises the weights it was trained on.
 """
 
-import hashlib
 import logging
-import math
-import pickle
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +17,7 @@ import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor, nn
 
+from convlora.sam import checkpoints
 from convlora.sam.tiny_vit import TinyViTEncoder, convert_mobile_sam
 
 log = logging.getLogger(__name__)
@@ -171,20 +168,23 @@ def load_backbone(backbone: Backbone) -> tuple[Sam, str]:
         OSError: the download failed.
         ValueError: the file is truncated, holds code, or does not fit the backbone.
     """
-    if backbone.weights is None and backbone.url is None:
+    if backbone.weights is not None:
+        path = Path(backbone.weights).expanduser()
+    elif backbone.url is not None:
+        path = checkpoints.fetch(backbone.name, backbone.url)
+    else:
         log.warning("%s: random frozen weights, there is no public checkpoint of it", backbone.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             sam = backbone.build()
-        return sam, _hash_tensors(sam.state_dict())
-    path = Path(backbone.weights).expanduser() if backbone.weights else _download(backbone)
+        return sam, checkpoints.hash_tensors(sam.state_dict())
     if not path.is_file():
         raise FileNotFoundError(f"{backbone.name}: no weights file at {path}; set model.weights=PATH")
-    state = backbone.convert(_read_checkpoint(backbone.name, path))
+    state = backbone.convert(checkpoints.read(backbone.name, path))
     sam = backbone.build()
-    _check_fit(backbone.name, path, state, sam.state_dict())
+    checkpoints.check_fit(backbone.name, path, state, sam.state_dict())
     sam.load_state_dict(state)
-    return sam, _hash_file(path)
+    return sam, checkpoints.hash_file(path)
 
 
 def resample_grid(table: Tensor, grid: int) -> Tensor:
@@ -236,85 +236,3 @@ def _check_image_size(name: str, image_size: int, patch_size: int) -> None:
             f"{name}: model.image_size={image_size} is not a positive multiple of the patch size "
             f"{patch_size}; try model.image_size={nearest}"
         )
-
-
-def _download(backbone: Backbone) -> Path:
-    """Return the cached official checkpoint, fetching it where needed.
-
-    Official names end in the first digits of the file's SHA-256, which is checked here.
-    """
-    assert backbone.url is not None
-    path = Path(torch.hub.get_dir()) / "checkpoints" / backbone.url.rsplit("/", 1)[-1]
-    found = re.search(r"_([0-9a-f]{6,})\.\w+$", path.name)
-    prefix = found.group(1) if found else None
-    if not path.is_file():
-        log.info("%s: downloading %s to %s", backbone.name, backbone.url, path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(backbone.url, str(path), hash_prefix=prefix)
-        except (OSError, RuntimeError) as error:
-            raise OSError(
-                f"{backbone.name}: could not download {backbone.url} ({error}); "
-                "fetch it by hand and set model.weights=PATH"
-            ) from error
-    elif prefix and not _hash_file(path).startswith(prefix):
-        raise ValueError(
-            f"{backbone.name}: SHA-256 of {path} does not start with {prefix}; delete it to download it again"
-        )
-    return path
-
-
-def _read_checkpoint(name: str, path: Path) -> dict[str, Tensor]:
-    """Read a file of tensors; anything else in it, code above all, is refused and never run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{name}: {path} is not a plain file of tensors (truncated, or a pickle that could run code) and "
-            f"was not loaded; take the official checkpoint. {_first_line(error)}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{name}: {path} is truncated or damaged; fetch it again. {_first_line(error)}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{name}: {path} holds no dictionary of tensors; take the official checkpoint")
-    return state
-
-
-def _check_fit(name: str, path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    missing = sorted(expected.keys() - state.keys())
-    unknown = sorted(state.keys() - expected.keys())
-    shapes = [key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape]
-    problems = [
-        f"{len(keys)} {what} (first {keys[0]})"
-        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes)))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            f"{name}: {path} holds another model; of {len(expected)} tensors, {', '.join(problems)}. "
-            "Take the checkpoint of this backbone, or the model= that the file belongs to"
-        )
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_tensors(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(f"{key} {value.dtype} {math.prod(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""Files of pretrained weights: fetched, verified, read without running code, held against a model."""
+
+import hashlib
+import logging
+import math
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def fetch(name: str, url: str) -> Path:
+    """Return the cached file of an official checkpoint, downloading it where needed.
+
+    Official names end in the first digits of the file's SHA-256, which is checked here.
+
+    Raises:
+        OSError: the download failed.
+        ValueError: the cached file has another hash.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    found = re.search(r"_([0-9a-f]{6,})\.\w+$", path.name)
+    prefix = found.group(1) if found else None
+    if not path.is_file():
+        log.info("%s: downloading %s to %s", name, url, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"{name}: could not download {url} ({error}); fetch it by hand and set model.weights=PATH"
+            ) from error
+    elif prefix and not hash_file(path).startswith(prefix):
+        raise ValueError(
+            f"{name}: SHA-256 of {path} does not start with {prefix}; delete it to download it again"
+        )
+    return path
+
+
+def read(name: str, path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors; anything else in it, code above all, is refused and never run.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{name}: {path} is not a plain file of tensors (truncated, or a pickle that could run code) and "
+            f"was not loaded; take the official checkpoint. {_first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name}: {path} is truncated or damaged; fetch it again. {_first_line(error)}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{name}: {path} holds no dictionary of tensors; take the official checkpoint")
+    return state
+
+
+def check_fit(name: str, path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare a checkpoint's keys and shapes with a model's.
+
+    Raises:
+        ValueError: they differ, so the file is of another model.
+    """
+    missing = sorted(expected.keys() - state.keys())
+    unknown = sorted(state.keys() - expected.keys())
+    shapes = [key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape]
+    problems = [
+        f"{len(keys)} {what} (first {keys[0]})"
+        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes)))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"{name}: {path} holds another model; of {len(expected)} tensors, {', '.join(problems)}. "
+            "Take the checkpoint of this backbone, or the model= that the file belongs to"
+        )
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_tensors(state: dict[str, Tensor]) -> str:
+    """Return the SHA-256 over names, types and values, hexadecimal."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {math.prod(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
