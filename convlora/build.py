@@ -40,7 +40,7 @@ USER_ERRORS = (OSError, ValueError, HydraException, OmegaConfBaseException, Misc
 
 FORMAT = "convlora-adapter-1"
 # What an adapter file may ask to be built: its config comes from whoever made the file.
-ADAPTER_TARGETS = ("convlora.sam.", "convlora.peft.", "convlora.data.transforms.")
+ADAPTER_PACKAGES = {"model": "convlora.sam.", "peft": "convlora.peft.", "resize": "convlora.data.transforms"}
 
 
 def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any]) -> Callable[[], None]:
@@ -62,7 +62,10 @@ def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any])
         except USER_ERRORS as error:
             if full != "0":
                 traceback.print_exc()
-            sys.exit(f"error: {error}")
+            message = str(error)
+            if message.startswith("Caught "):  # a loader process wraps its error in a traceback
+                message = message.rstrip().splitlines()[-1].partition("Error: ")[2]
+            sys.exit(f"error: {message}")
         finally:
             os.environ["HYDRA_FULL_ERROR"] = full
 
@@ -100,14 +103,17 @@ def make(section: str, config: Mapping[str, Any], **given: Any) -> Any:
         given: further arguments that the config does not know.
 
     Raises:
-        ValueError: a key that the target does not take.
+        ValueError: a key that the target does not take, a value of a wrong type, or no such target.
         Exception: what the target raised.
     """
     _check_section(section, config)
     try:
         return instantiate({**config, **dict.fromkeys(given)}, **given, _convert_="all")
     except InstantiationException as error:
-        raise (error.__cause__ or error) from None
+        cause = error.__cause__ or error
+        if isinstance(cause, TypeError | ImportError):
+            raise ValueError(f"{section}: {config['_target_']}: {cause}") from cause
+        raise cause from None
 
 
 def check_keys(section: str, target: Callable[..., Any], config: Mapping[str, Any]) -> Config:
@@ -130,7 +136,10 @@ def check_keys(section: str, target: Callable[..., Any], config: Mapping[str, An
 
 def _check_section(section: str, config: Mapping[str, Any]) -> None:
     if "_target_" in config:
-        target = get_object(config["_target_"])
+        try:
+            target = get_object(config["_target_"])
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{section}: there is no {config['_target_']} ({error})") from error
         check_keys(section, target, {key: value for key, value in config.items() if not key.startswith("_")})
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -163,12 +172,14 @@ class Adapter:
         resize: config of the resize it was trained with.
         class_names: one for each class.
         identity: name and SHA-256 of the base weights.
+        precision: of the training, in Lightning's words.
     """
 
     segmenter: Segmenter
     resize: Config
     class_names: list[str]
     identity: dict[str, str]
+    precision: str
 
 
 def save_adapter(
@@ -194,7 +205,8 @@ def load_adapter(path: str | Path, weights: str | None = None) -> Adapter:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no adapter, damaged, asking for code outside the library, or of other base weights.
+        ValueError: no adapter, damaged, asking for code outside the library or for an unknown download,
+            or of other base weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -210,24 +222,32 @@ def load_adapter(path: str | Path, weights: str | None = None) -> Adapter:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no {FORMAT} file but {metadata.get('format', 'unmarked')}")
     config = json.loads(metadata["config"])
-    parts = {key: config[key] for key in ("model", "peft", "resize")}
-    _check_targets(path, parts)
+    parts = {key: _trusted(path, key, config[key]) for key in ADAPTER_PACKAGES}
     if weights is not None:
         parts["model"]["weights"] = weights
     class_names = json.loads(metadata["class_names"])
     segmenter, identity = make_segmenter(parts["model"], parts["peft"])
     check_identity(metadata, identity)
     segmenter.load_trainable_state(state)
-    return Adapter(segmenter.eval(), parts["resize"], class_names, identity)
+    precision = str(config["trainer"]["precision"])
+    return Adapter(segmenter.eval(), parts["resize"], class_names, identity, precision)
 
 
-def _check_targets(path: Path, config: Any) -> None:
-    if isinstance(config, Mapping):
-        target = config.get("_target_", ADAPTER_TARGETS[0])
-        if not isinstance(target, str) or not target.startswith(ADAPTER_TARGETS):
-            raise ValueError(
-                f"{path} asks for {target}; an adapter may only build {', '.join(ADAPTER_TARGETS)}*"
-            )
-    if isinstance(config, Mapping | list):
-        for value in config.values() if isinstance(config, Mapping) else config:
-            _check_targets(path, value)
+def _trusted(path: Path, section: str, config: Config) -> Config:
+    """Return a section of an adapter's config if it can do no more than build what this library offers.
+
+    Its target must be a class of the section's package, by its own name and not by way of another module, its
+    arguments plain values, and its download one that conf/model/ knows.
+    """
+    target = str(config.get("_target_"))
+    offered = target.startswith(ADAPTER_PACKAGES[section])
+    found = get_object(target) if offered else None
+    if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != target:
+        raise ValueError(f"{path} asks for {target}, which is no {section} of this library; it was not built")
+    reserved = [key for key in config if key.startswith("_") and key != "_target_"]
+    if reserved or "_target_" in json.dumps(list(config.values())):
+        raise ValueError(f"{path} hides calls in its {section} section; it was not built")
+    known = {OmegaConf.select(OmegaConf.load(file), "url") for file in (CONF / "model").glob("*.yaml")}
+    if config.get("url") not in known:
+        raise ValueError(f"{path} asks to download {config['url']}, which conf/model/ does not know")
+    return dict(config)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import wandb
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -49,6 +50,35 @@ def render_scores(title: str, scores: Mapping[str, float]) -> Table:
     for name, value in scores.items():
         table.add_row(name, f"{value:.4f}")
     return table
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint under one name in the run folder, which may have been moved since it was saved."""
+
+    def __init__(self, folder: Path, name: str, monitor: str | None = None, mode: str = "min"):
+        super().__init__(
+            folder, name, monitor, mode=mode, enable_version_counter=False, save_on_train_epoch_end=True
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score so far; the files lie in the present folder."""
+
+        def moved(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else ""
+
+        paths = {key: moved(state_dict[key]) for key in state_dict if key.endswith("_path")}
+        scores = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "dirpath": self.dirpath, "best_k_models": scores})
+
+
+class StayStopped(Callback):
+    """Ends a resumed run at once that early stopping had ended; Lightning would train another epoch."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what early stopping restored."""
+        stops = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # type: ignore[attr-defined]
+        if any(stop.stopped_epoch > 0 for stop in stops):
+            trainer.should_stop = True
 
 
 class ScoreTable(Callback):
@@ -105,7 +135,7 @@ class Overlays(Callback):
             return
         names = {0: "background", 1: _data(trainer).class_names[0]}
         images = []
-        for index in _spread(len(_data(trainer).pairs("val")), FIXED):
+        for index in _spread(len(_data(trainer).listed("val")), FIXED):
             name, image, mask, prob = _predict(trainer, pl_module, "val", index)
             masks = {"truth": mask, "prediction": (prob >= 128).astype(np.uint8)}
             layers = {key: {"mask_data": value, "class_labels": names} for key, value in masks.items()}
@@ -178,7 +208,7 @@ def _predict(
 ) -> tuple[str, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
     """Return name, image, mask and 8-bit probability of one sample at its own size."""
     data = _data(trainer)
-    image, mask = data.read(data.pairs(split)[index])
+    image, mask = data.read(data.listed(split)[index])
     batch: Batch = data.batch(split, [index])
     segmenter = pl_module.segmenter
     assert isinstance(segmenter, Segmenter)

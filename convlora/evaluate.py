@@ -28,6 +28,7 @@ class EvaluateConfig:
     trainer: Config
     augment: Config
     resize: None
+    precision: str | None
     data_root: str
     output: str
     seed: int
@@ -52,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> None:
     progress = [RichProgressBar()] if config.trainer.get("enable_progress_bar", True) else []
     trainer: Trainer = make(
         "trainer",
-        config.trainer,
+        config.trainer | {"precision": config.precision or adapter.precision},
         logger=False,
         callbacks=[table, Overlays(output / "overlays.png", table), *progress],
         use_distributed_sampler=False,

@@ -23,6 +23,8 @@ from convlora.data.transforms import Resize, eval_transform
 from convlora.metrics.overlap import THRESHOLD
 from convlora.segmenter import Segmenter, restore_size, to_gray
 
+HALF = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
 
 @dataclass(frozen=True)
 class PredictConfig:
@@ -36,6 +38,7 @@ class PredictConfig:
     batch_size: int
     num_workers: int
     device: str
+    precision: str | None
     model: Config
 
 
@@ -78,6 +81,7 @@ def predict(config: PredictConfig) -> None:
     paths = find_images(source, output)
     adapter = load_adapter(config.checkpoint, config.model["weights"])
     device = pick_device(config.device)
+    half = pick_half(config.precision or adapter.precision, device)
     segmenter = adapter.segmenter.to(device)
     resize: Resize = make("resize", adapter.resize)
     names = name_outputs(paths, source)
@@ -96,7 +100,7 @@ def predict(config: PredictConfig) -> None:
         for batch in loader:
             good = [item for item in batch if item.pixels is not None]
             failures += [item for item in batch if item.pixels is None]
-            for item, gray in zip(good, probabilities(segmenter, good, resize, device), strict=True):
+            for item, gray in zip(good, probabilities(segmenter, good, resize, device, half), strict=True):
                 write(output, names[item.path], item.path, gray, config)
             progress.advance(bar, len(batch))
     console.print(f"{len(paths) - len(failures)} of {len(paths)} masks written to {output}")
@@ -107,13 +111,17 @@ def predict(config: PredictConfig) -> None:
 
 
 def probabilities(
-    segmenter: Segmenter, items: Sequence[Loaded], resize: Resize, device: torch.device
+    segmenter: Segmenter,
+    items: Sequence[Loaded],
+    resize: Resize,
+    device: torch.device,
+    half: torch.dtype | None,
 ) -> list[NDArray[np.uint8]]:
     """Return the 8-bit probability map of each image at its own size."""
     if not items:
         return []
     images = torch.stack([item.pixels for item in items if item.pixels is not None]).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, half, enabled=half is not None):
         logits = segmenter(images)
     maps = [
         to_gray(restore_size(logit, resize.content(*item.size), item.size))
@@ -177,6 +185,14 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={name} is no device; use auto, cpu or cuda") from error
+
+
+def pick_half(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the half precision to compute in as the Trainer would, None for single precision."""
+    if precision not in HALF:
+        raise ValueError(f"precision={precision} is not one of {', '.join(HALF)}")
+    half = HALF[precision]
+    return torch.bfloat16 if half is torch.float16 and device.type == "cpu" else half
 
 
 main = command("predict", PredictConfig, predict)

@@ -94,7 +94,12 @@ class Segmenter(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `trainable_state` gave, strictly.
+        """Load what `trainable_state` gave, strictly; raises what `check_trainable_state` does."""
+        self.check_trainable_state(state)
+        self.load_state_dict(dict(state), strict=False)
+
+    def check_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Compare trained tensors with this segmenter's.
 
         Raises:
             ValueError: names or shapes differ: another backbone, method, rank or number of classes.
@@ -114,7 +119,6 @@ class Segmenter(nn.Module):
                 f"the checkpoint's trained tensors do not fit: {', '.join(problems)}; it was made with "
                 "another backbone, method, rank or number of classes: use the settings it was trained with"
             )
-        self.load_state_dict(dict(state), strict=False)
 
 
 def restore_size(logits: Tensor, content: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import shutil
 import tempfile
 import time
@@ -13,17 +14,24 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from convlora.build import Config, command, make, make_segmenter, outline_segmenter, save_adapter
-from convlora.callbacks import Overlays, ScoreTable, finish_wandb, render_scores
+from convlora.callbacks import (
+    Overlays,
+    RunCheckpoint,
+    ScoreTable,
+    StayStopped,
+    finish_wandb,
+    render_scores,
+)
 from convlora.data.base import SegmentationDataModule
 from convlora.segmenter import Segmenter
-from convlora.task import SegmentationTask
+from convlora.task import SegmentationTask, check_identity
 
 MEBIBYTE = 2**20
 console = Console(highlight=False, soft_wrap=True)
@@ -49,7 +57,6 @@ class TrainConfig:
     run_dir: str
     ckpt_path: str | None
     dry_run: bool
-    experiment: None = None
 
 
 def train(config: TrainConfig) -> float | None:
@@ -66,6 +73,7 @@ def train(config: TrainConfig) -> float | None:
         announce(trainer, data, outline, run_dir)
         return None
     ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
+    check_monitor(config)
     data.setup("fit")
     data.setup("test")  # a missing test set should not come out after the training
     check_run_dir(run_dir, outline)
@@ -84,18 +92,16 @@ def fit_and_test(
 ) -> float | None:
     """Write the run folder; returns the best validation score."""
     table = ScoreTable()
-    watched = {"monitor": config.early_stopping["monitor"], "mode": config.early_stopping["mode"]}
-    best = ModelCheckpoint(run_dir, "best", **watched, enable_version_counter=False)
-    last = ModelCheckpoint(run_dir, "last", enable_version_counter=False)
     stop: EarlyStopping = make("early_stopping", config.early_stopping)
-    callbacks: list[Callback] = [best, last, stop, table, Overlays(run_dir / "overlays.png", table)]
+    best = RunCheckpoint(run_dir, "best", stop.monitor, stop.mode)
+    callbacks: list[Callback] = [best, RunCheckpoint(run_dir, "last"), stop, StayStopped(), table]
+    callbacks.append(Overlays(run_dir / "overlays.png", table))
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(RichProgressBar())
-    loggers = make_loggers(config.logger, run_dir, ckpt_path)
     trainer: Trainer = make(
         "trainer",
         config.trainer,
-        logger=loggers,
+        logger=False,  # until it is sure that there will be something to log
         callbacks=callbacks,
         default_root_dir=str(run_dir),
         use_distributed_sampler=False,  # the data module's samplers know the ranks
@@ -103,16 +109,20 @@ def fit_and_test(
     )
     if trainer.is_global_zero:
         announce(trainer, data, outline, run_dir)
-        OmegaConf.save(asdict(config), run_dir / "config.yaml")
-        for logger in loggers:
-            logger.log_hyperparams(flatten(asdict(config)))
-
     seed_everything(config.seed, workers=True, verbose=False)
     segmenter, identity = make_segmenter(config.model, config.peft)
     loss, scores = make("loss", config.loss), make("metrics", config.metrics)
     task = SegmentationTask(
         segmenter, loss, scores, make("optimizer", config.optimizer), identity, config.seed
     )
+    if ckpt_path is not None:  # refused before anything of the run is written over
+        check_resumable(ckpt_path, task)
+    trainer.loggers = make_loggers(config.logger, run_dir, ckpt_path)
+    if trainer.is_global_zero:
+        OmegaConf.save(asdict(config), run_dir / "config.yaml")
+        for logger in trainer.loggers:
+            logger.log_hyperparams(flatten(asdict(config)))
+
     start = time.monotonic()
     trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
     fitted = {
@@ -120,16 +130,18 @@ def fit_and_test(
         "steps": trainer.global_step,
         "fit_seconds": round(time.monotonic() - start, 1),
     }
+    if best.best_model_path:
+        task.load_state_dict(read_checkpoint(Path(best.best_model_path))["state_dict"])
+    path = run_dir / "adapter.safetensors"
+    if trainer.is_global_zero:  # before the test, which may still meet a damaged image
+        save_adapter(path, segmenter, asdict(config), data.class_names, identity)
+    [tested] = trainer.test(task, data, verbose=False)
     best_score = None if best.best_model_score is None else best.best_model_score.item()
-    best_path = best.best_model_path or None
-    [tested] = trainer.test(task, data, ckpt_path=best_path, weights_only=True, verbose=False)
     if trainer.is_global_zero:
         means = {name.removeprefix("test/"): value for name, value in tested.items()}
-        path = run_dir / "adapter.safetensors"
-        save_adapter(path, segmenter, asdict(config), data.class_names, identity)
         summary = {
             "test": means,
-            config.early_stopping["monitor"]: best_score,
+            stop.monitor: best_score,
             **fitted,
             "trainable_parameters": count(segmenter, trainable=True),
             "total_parameters": count(segmenter),
@@ -171,7 +183,7 @@ def keep_metrics(logger: CSVLogger, path: Path, ckpt_path: Path) -> None:
     """
     if not path.is_file():
         return
-    step = torch.load(ckpt_path, map_location="cpu", weights_only=True)["global_step"]
+    step = read_checkpoint(ckpt_path)["global_step"]
     with path.open(newline="") as file:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     logger.experiment.metrics.extend(row for row in rows if int(row["step"]) < step)
@@ -199,6 +211,37 @@ def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
             f"ckpt_path={ckpt_path}: no checkpoint at {path}; name the run to resume by run_dir=FOLDER.{hint}"
         )
     return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint of this library, without running code.
+
+    Raises:
+        ValueError: the file is damaged or no such checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no checkpoint or is damaged; resume from another ckpt_path") from error
+    if not isinstance(checkpoint, dict) or "identity" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of a convlora run; resume from RUN/last.ckpt")
+    return checkpoint
+
+
+def check_resumable(ckpt_path: Path, task: SegmentationTask) -> None:
+    """Refuse a checkpoint of other base weights or other trained tensors; raises ValueError."""
+    checkpoint = read_checkpoint(ckpt_path)
+    check_identity(checkpoint["identity"], task.identity)
+    task.segmenter.check_trainable_state(checkpoint["state_dict"])
+
+
+def check_monitor(config: TrainConfig) -> None:
+    """Refuse to watch a score that no validation gives; raises ValueError."""
+    known = [f"val/{name}" for name in ("loss", *config.metrics.get("scores", {}))]
+    if config.early_stopping["monitor"] not in known:
+        raise ValueError(
+            f"early_stopping.monitor={config.early_stopping['monitor']} is not one of {', '.join(known)}"
+        )
 
 
 def check_run_dir(run_dir: Path, segmenter: Segmenter) -> None:

@@ -17,6 +17,7 @@ MODEL = {
 }  # fmt: skip
 PEFT = {"_target_": "convlora.peft.conv_lora.ConvLoRA", "rank": 2, "num_experts": 3}
 RESIZE = {"_target_": "convlora.data.transforms.SquareResize", "image_size": 32}
+CONFIG = {"model": MODEL, "peft": PEFT, "resize": RESIZE, "trainer": {"precision": "32-true"}}
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def adapter(tmp_path: Path) -> Path:
     for value in segmenter.trainable_state().values():
         value.normal_(std=0.1)
     path = tmp_path / "adapter.safetensors"
-    save_adapter(path, segmenter, {"model": MODEL, "peft": PEFT, "resize": RESIZE}, ["thing"], identity)
+    save_adapter(path, segmenter, CONFIG, ["thing"], identity)
     return path
 
 
@@ -53,22 +54,48 @@ def test_adapter_of_other_base_weights_is_refused(adapter: Path, tmp_path: Path)
 
 
 def test_adapter_of_another_backbone_is_refused(adapter: Path) -> None:
-    rewrite(adapter, config=json.dumps({"model": {**MODEL, "name": "small"}, "peft": PEFT, "resize": RESIZE}))
+    rewrite(adapter, config=json.dumps(CONFIG | {"model": {**MODEL, "name": "small"}}))
     with pytest.raises(ValueError, match=r"trained on base tiny, but here it is small"):
         load_adapter(adapter)
 
 
 def test_adapter_of_another_rank_is_refused(adapter: Path) -> None:
-    rewrite(adapter, config=json.dumps({"model": MODEL, "peft": {**PEFT, "rank": 4}, "resize": RESIZE}))
+    rewrite(adapter, config=json.dumps(CONFIG | {"peft": {**PEFT, "rank": 4}}))
     with pytest.raises(ValueError, match="another backbone, method, rank or number of classes"):
         load_adapter(adapter)
 
 
-@pytest.mark.parametrize("target", ["os.system", "convlora.build.load_adapter", "builtins.eval"])
-def test_adapter_cannot_ask_for_other_code(adapter: Path, target: str) -> None:
-    peft = {**PEFT, "targets": [{"_target_": target, "command": "true"}]}
-    rewrite(adapter, config=json.dumps({"model": MODEL, "peft": peft, "resize": RESIZE}))
-    with pytest.raises(ValueError, match=rf"asks for {target}"):
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "convlora.build.load_adapter",
+        "convlora.peft.base.replace_linears",
+        "convlora.sam.zoo.torch.hub.load",
+        "convlora.sam.zoo.torch.load",
+        "convlora.sam.checkpoints.Path",
+    ],
+)
+@pytest.mark.parametrize("section", ["model", "peft", "resize"])
+def test_adapter_cannot_ask_for_other_code(adapter: Path, section: str, target: str) -> None:
+    rewrite(adapter, config=json.dumps(CONFIG | {section: {"_target_": target}}))
+    with pytest.raises(ValueError, match=rf"asks for {target}, which is no {section} of this library"):
+        load_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"targets": [{"_target_": "os.system"}]}, {"_partial_": True}, {"_args_": [1]}]
+)
+def test_adapter_cannot_hide_calls_in_arguments(adapter: Path, extra: dict[str, object]) -> None:
+    rewrite(adapter, config=json.dumps(CONFIG | {"peft": PEFT | extra}))
+    with pytest.raises(ValueError, match="hides calls in its peft section"):
+        load_adapter(adapter)
+
+
+def test_adapter_cannot_choose_what_is_downloaded(adapter: Path) -> None:
+    rewrite(adapter, config=json.dumps(CONFIG | {"model": {**MODEL, "url": "http://127.0.0.1:9/evil.pth"}}))
+    with pytest.raises(ValueError, match=r"asks to download http://127.0.0.1:9/evil.pth"):
         load_adapter(adapter)
 
 
@@ -100,6 +127,18 @@ def test_unknown_key_names_its_section_and_the_nearest_key() -> None:
         ValueError, match=r"peft: unknown key 'ranks'; did you mean 'rank'\? it takes rank, alpha"
     ):
         make("peft", {**PEFT, "ranks": 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": "abc"}, r"^peft: convlora.peft.conv_lora.ConvLoRA: "),
+        ({"_target_": "convlora.peft.nothing.Here"}, r"^peft: there is no convlora.peft.nothing.Here"),
+    ],
+)
+def test_wrong_types_and_targets_name_their_section(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make("peft", {**PEFT, **changes})
 
 
 def test_what_a_target_raises_reaches_the_user_unwrapped() -> None:

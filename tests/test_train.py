@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, SMALL, Commands
+from PIL import Image
 from safetensors.torch import load_file
 
 from convlora import train
@@ -141,9 +142,11 @@ def test_a_finished_run_is_not_overwritten(cli: Commands) -> None:
 )
 def test_resuming_with_other_settings_is_refused(cli: Commands, change: str, message: str) -> None:
     assert cli(train, *QUIET, "run_dir=run").code == 0
+    before = {path: path.read_bytes() for path in Path("run").iterdir() if path.is_file()}
     done = cli(train, *QUIET, "run_dir=run", "ckpt_path=last", change)
     assert done.code == 1
     assert message in done.err
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_dry_run_needs_no_weights_and_no_data(cli: Commands) -> None:
@@ -185,6 +188,85 @@ def test_misspelt_key_in_a_file_is_named(
     assert message in done.err
 
 
+def test_experiment_file_in_the_wrong_package_is_refused(cli: Commands, tmp_path: Path) -> None:
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text("peft: {rank: 7}\n")
+    done = cli(train, "--config-dir", str(tmp_path / "conf"), "experiment=mine", *QUIET, "run_dir=run")
+    assert done.code == 1
+    assert "train: unknown key 'experiment'" in done.err
+
+
+def test_a_score_that_does_not_exist_cannot_be_watched(cli: Commands) -> None:
+    done = cli(train, *QUIET, "run_dir=run", "early_stopping.monitor=val/nonsense")
+    assert done.code == 1
+    assert "early_stopping.monitor=val/nonsense is not one of val/loss, val/dice" in done.err
+
+
+def make_folder(grey_in: str) -> None:
+    """A data set of one's own whose `grey_in` split has a mask that is not binary."""
+    for split in ("train", "val", "test"):
+        for kind in ("images", "masks"):
+            Path("mine", split, kind).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (20, 20), (i, 9, 9)).save(f"mine/{split}/images/{i}.png")
+            Image.new("L", (20, 20), 100 if split == grey_in else 255).save(f"mine/{split}/masks/{i}.png")
+
+
+OWN_FOLDER = (
+    *(option for option in QUIET if not option.startswith("dataset.")),
+    "dataset=folder",
+    "data_root=mine",
+)
+
+
+def test_a_bad_mask_is_one_line_even_from_a_loader_process(cli: Commands) -> None:
+    make_folder(grey_in="train")
+    done = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "dataset.num_workers=1")
+    assert done.code == 1
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: mine/train/masks/")
+    assert "dataset.threshold=127" in last
+    assert "Traceback" not in done.err
+
+
+def test_a_bad_test_image_does_not_cost_the_training(cli: Commands) -> None:
+    make_folder(grey_in="test")
+    done = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "dataset.num_workers=0")
+    assert done.code == 1
+    assert Path("run/adapter.safetensors").is_file()
+    resumed = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "dataset.num_workers=0",
+                  "ckpt_path=last", "dataset.threshold=50")  # fmt: skip
+    assert resumed.code == 0, resumed.err
+    assert Path("run/summary.json").is_file()
+
+
+def test_resuming_a_run_that_stopped_early_trains_no_further(cli: Commands) -> None:
+    job = (
+        *QUIET,
+        "run_dir=run",
+        "trainer.max_epochs=9",
+        "early_stopping.patience=1",
+        "+early_stopping.min_delta=1",
+    )
+    assert cli(train, *job).code == 0
+    before = weights("run")
+    assert cli(train, *job, "ckpt_path=last").code == 0
+    assert same(weights("run"), before)
+    assert json.loads(Path("run/summary.json").read_text())["epochs"] == 2
+
+
+def test_a_moved_run_keeps_its_best_epoch(cli: Commands) -> None:
+    assert cli(train, *QUIET, "run_dir=run", "trainer.max_epochs=3").code == 0
+    best, summary = Path("run/best.ckpt").read_bytes(), json.loads(Path("run/summary.json").read_text())
+    Path("run").rename("moved")
+    resumed = cli(train, *QUIET, "run_dir=moved", "ckpt_path=last", "trainer.max_epochs=3")
+    assert resumed.code == 0, resumed.err
+    assert Path("moved/best.ckpt").read_bytes() == best
+    again = json.loads(Path("moved/summary.json").read_text())
+    assert (again["test"], again["val/dice"]) == (summary["test"], summary["val/dice"])
+    assert not Path("run").exists()
+
+
 def test_full_disk_is_found_before_training(cli: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 2**20, 2**20))
@@ -196,10 +278,11 @@ def test_full_disk_is_found_before_training(cli: Commands, monkeypatch: pytest.M
 
 def test_run_folder_that_cannot_be_written_is_named(cli: Commands) -> None:
     Path("file").write_text("")
-    done = cli(train, *QUIET, "run_dir=file/run")
-    assert done.code == 1
-    assert "file/run" in done.err
-    assert "Traceback" not in done.err
+    for folder in ("file/run", "/proc/self"):
+        done = cli(train, *QUIET, f"run_dir={folder}")
+        assert done.code == 1
+        assert folder.replace("self", "") in done.err
+        assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

@@ -112,11 +112,11 @@ class SegmentationDataModule(LightningDataModule, ABC):
             ValueError: a split is empty or lists an image twice.
         """
         for split in _STAGE_SPLITS.get(stage, ()):
-            self._checked_pairs(split)
+            self.listed(split)
 
     def names(self, split: Split) -> list[str]:
         """Return the samples' names in the order of the split; raises what `setup` does."""
-        images = [pair.image for pair in self._checked_pairs(split)]
+        images = [pair.image for pair in self.listed(split)]
         return [(i.relative_to(self.root) if i.is_relative_to(self.root) else i).as_posix() for i in images]
 
     def batch(self, split: Split, indices: Sequence[int]) -> Batch:
@@ -126,7 +126,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the shuffled and augmented training images."""
-        pairs, names = self._checked_pairs("train"), self.names("train")
+        pairs, names = self.listed("train"), self.names("train")
         samples = TrainSamples(pairs, names, self.resize, self.augment, self.read)
         return self._loader(samples, EpochSampler(len(samples), self.seed, *self._rank()))
 
@@ -139,7 +139,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return self._eval_loader("test")
 
     def _eval_samples(self, split: Split) -> EvalSamples:
-        return EvalSamples(self._checked_pairs(split), self.names(split), self.resize, self.read)
+        return EvalSamples(self.listed(split), self.names(split), self.resize, self.read)
 
     def _eval_loader(self, split: Split) -> DataLoader[Sample]:
         samples = self._eval_samples(split)
@@ -168,7 +168,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _checked_pairs(self, split: Split) -> list[Pair]:
+    def listed(self, split: Split) -> list[Pair]:
+        """Return `pairs(split)`, listed and checked once; raises what `setup` does."""
         if split not in self._listed:
             pairs = self.pairs(split)
             self._check(split, pairs)

@@ -9,7 +9,7 @@ import cv2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# OpenCV's bicubic, which unlike Pillow's does not antialias when it scales down. Of its two nearest modes
+# OpenCV's bicubic does not antialias, so images are scaled down by area instead. Of its two nearest modes
 # only the exact one samples at pixel centres, as bicubic does; the other shifts masks against their images.
 _IMAGE_INTERPOLATION = cv2.INTER_CUBIC
 _MASK_INTERPOLATION = cv2.INTER_NEAREST_EXACT
@@ -42,6 +42,7 @@ class SquareResize:
             self.image_size,
             interpolation=_IMAGE_INTERPOLATION,
             mask_interpolation=_MASK_INTERPOLATION,
+            area_for_downscale="image",
         )
         return [resize, A.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 
@@ -62,6 +63,7 @@ class LongestSideResize:
             self.image_size,
             interpolation=_IMAGE_INTERPOLATION,
             mask_interpolation=_MASK_INTERPOLATION,
+            area_for_downscale="image",
         )
         # SAM pads after normalising, so that the padding is the mean colour and not black
         pad = A.PadIfNeeded(

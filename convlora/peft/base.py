@@ -29,18 +29,26 @@ def replace_linears(
         adapt: makes the adapted layer, which keeps the frozen one.
 
     Raises:
-        ValueError: a target names no linear layer.
+        ValueError: there are no targets, or one names no linear layer.
     """
     linears = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+    if not targets:
+        raise ValueError(
+            "peft.targets is empty, so nothing would be adapted; peft=decoder_only says that outright"
+        )
     for target in targets:
-        names = [name for name in linears if f".{name}".endswith(f".{target}")]
-        if not names:
+        if not any(_is_named(name, target) for name in linears):
             kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
             raise ValueError(
                 f"peft.targets: '{target}' names no linear layer of the image encoder; it has {kinds}"
             )
-        for name in names:
-            encoder.set_submodule(name, adapt(linears.pop(name)), strict=True)
+    for name, linear in linears.items():
+        if any(_is_named(name, target) for target in targets):
+            encoder.set_submodule(name, adapt(linear), strict=True)
+
+
+def _is_named(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
 
 
 def aux_loss(module: nn.Module) -> Tensor | None:

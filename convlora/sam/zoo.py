@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling.common import MLPBlock
+from segment_anything.modeling.image_encoder import PatchEmbed
 from torch import Tensor, nn
 
 from convlora.sam import checkpoints
@@ -108,7 +110,6 @@ class SamViT:
             window_size=self.window_size,
             global_attn_indexes=tuple(self.global_attn_indexes),
         )
-        _favour_texture(encoder)
         return _sam(encoder, self.image_size, self.patch_size, self.decoder_dim, self.decoder_mlp_dim)
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,6 +178,7 @@ def load_backbone(backbone: Backbone) -> tuple[Sam, str]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             sam = backbone.build()
+        _favour_texture(sam.image_encoder)
         return sam, checkpoints.hash_tensors(sam.state_dict())
     if not path.is_file():
         raise FileNotFoundError(f"{backbone.name}: no weights file at {path}; set model.weights=PATH")
@@ -216,17 +218,19 @@ def _sam(encoder: nn.Module, image_size: int, patch_size: int, dim: int, mlp_dim
 
 
 @torch.no_grad()
-def _favour_texture(encoder: ImageEncoderViT) -> None:
+def _favour_texture(encoder: nn.Module) -> None:
     """Make random features worth adapting: they answer to texture, where PyTorch's answer to brightness.
 
-    Patch filters lose their mean, and all weights before a GELU grow until it rectifies: frozen features then
+    Patch filters lose their mean, and all weights around a GELU grow until it rectifies: frozen features then
     measure the energy of random bands.
     """
-    filters = encoder.patch_embed.proj.weight
-    filters.sub_(filters.mean(dim=(2, 3), keepdim=True)).mul_(3)
-    for block in encoder.blocks:
-        block.mlp.lin1.weight.mul_(3)
-        block.mlp.lin2.weight.mul_(3)
+    for module in encoder.modules():
+        if isinstance(module, PatchEmbed):
+            filters = module.proj.weight
+            filters.sub_(filters.mean(dim=(2, 3), keepdim=True)).mul_(3)
+        elif isinstance(module, MLPBlock):
+            module.lin1.weight.mul_(3)
+            module.lin2.weight.mul_(3)
 
 
 def _check_image_size(name: str, image_size: int, patch_size: int) -> None:

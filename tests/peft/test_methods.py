@@ -76,6 +76,16 @@ def test_targets_that_match_nothing_name_what_there_is(tiny: SamViT) -> None:
         LoRA(targets=["qvk"]).inject(tiny.build().image_encoder)
 
 
+def test_no_targets_are_refused(tiny: SamViT) -> None:
+    with pytest.raises(ValueError, match=r"peft.targets is empty"):
+        LoRA(targets=[]).inject(tiny.build().image_encoder)
+
+
+def test_targets_may_overlap(tiny: SamViT) -> None:
+    encoder = LoRA(targets=["qkv", "blocks.0.attn.qkv"]).inject(tiny.build().image_encoder)
+    assert sum(isinstance(module, LoRALinear) for module in encoder.modules()) == 2
+
+
 def test_targets_choose_single_layers(tiny: SamViT) -> None:
     encoder = LoRA(targets=["blocks.0.attn.qkv", "lin1"]).inject(tiny.build().image_encoder)
     adapted = [name for name, module in encoder.named_modules() if isinstance(module, LoRALinear)]
