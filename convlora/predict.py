@@ -182,9 +182,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name} is no device; use auto, cpu or cuda") from error
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:  # its first line says why: no such device, no driver
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used ({reason}); use auto, cpu or cuda") from error
 
 
 def pick_half(precision: str, device: torch.device) -> torch.dtype | None:

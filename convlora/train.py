@@ -221,7 +221,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is no checkpoint or is damaged; resume from another ckpt_path") from error
     if not isinstance(checkpoint, dict) or "identity" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of a convlora run; resume from RUN/last.ckpt")

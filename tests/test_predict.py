@@ -99,7 +99,8 @@ def test_images_of_one_stem_keep_their_whole_name(cli: Commands, checkpoint: str
         (["input=empty", "output=out"], "input=empty: no images in it"),
         (["input=in", "output=in"], "masks would replace images"),
         (["input=in/a.png", "output=in"], "masks would replace images"),
-        (["input=in", "output=out", "device=tpu9000"], "device=tpu9000"),
+        (["input=in", "output=out", "device=tpu9000"], "device=tpu9000 cannot be used"),
+        (["input=in", "output=out", "precision=half"], "precision=half is not one of 32-true"),
     ],
 )
 def test_impossible_requests_are_explained(

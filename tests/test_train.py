@@ -123,6 +123,15 @@ def test_resuming_where_nothing_is_to_resume_is_an_error(cli: Commands) -> None:
     assert "runs/first" in done.err
 
 
+@pytest.mark.parametrize("content", [b"no checkpoint", b"", b"PK\x03\x04cut"])
+def test_resuming_from_a_damaged_file_is_refused(cli: Commands, content: bytes) -> None:
+    Path("run").mkdir()
+    Path("run/last.ckpt").write_bytes(content)
+    done = cli(train, *QUIET, "run_dir=run", "ckpt_path=last")
+    assert done.code == 1
+    assert "last.ckpt is no checkpoint or is damaged" in done.err
+
+
 def test_a_finished_run_is_not_overwritten(cli: Commands) -> None:
     assert cli(train, *QUIET, "run_dir=run").code == 0
     before = weights("run")
