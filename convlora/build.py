@@ -65,6 +65,8 @@ def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any])
             message = str(error)
             if message.startswith("Caught "):  # a loader process wraps its error in a traceback
                 message = message.rstrip().splitlines()[-1].partition("Error: ")[2]
+            elif isinstance(error, OmegaConfBaseException):  # what follows are its internals
+                message = message.splitlines()[0]
             sys.exit(f"error: {message}")
         finally:
             os.environ["HYDRA_FULL_ERROR"] = full

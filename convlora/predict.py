@@ -23,7 +23,14 @@ from convlora.data.transforms import Resize, eval_transform
 from convlora.metrics.overlap import THRESHOLD
 from convlora.segmenter import Segmenter, restore_size, to_gray
 
-HALF = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+HALF = {
+    "32-true": None,
+    "32": None,
+    "bf16-mixed": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16": torch.float16,
+}
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ class Folder(SegmentationDataModule):
         if split != "test":
             raise FileNotFoundError(
                 f"{self.name}: no {split} split under {self.root}, and a split is never drawn at run time; "
-                "write train.txt and val.txt there with one image name per line, for instance "
-                "`ls images | awk 'NR%5' > train.txt; ls images | awk 'NR%5==0' > val.txt`"
+                "write train.txt, val.txt and test.txt there with one image name per line, for instance "
+                '`ls images | awk \'{print > (NR%5>1 ? "train.txt" : NR%5 ? "val.txt" : "test.txt")}\'`'
             )
         return self._all_pairs(self.root)
 
