@@ -21,7 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from convlora.sam.zoo import load_backbone
 from convlora.segmenter import Segmenter
@@ -195,7 +195,7 @@ def save_adapter(
         **identity,
     }
     state = {name: tensor.cpu().contiguous() for name, tensor in segmenter.trainable_state().items()}
-    save_file(state, path, metadata=metadata)
+    path.write_bytes(save(state, metadata))  # with the permissions of other files, unlike `save_file`
 
 
 def load_adapter(path: str | Path, weights: str | None = None) -> Adapter:

@@ -71,6 +71,7 @@ def test_checkpoints_hold_no_frozen_tensor(cli: Commands) -> None:
     adapter = load_file("run/adapter.safetensors")
     assert weights("run").keys() == adapter.keys()
     assert not any(".base." in name or name.startswith("prompt_encoder") for name in adapter)
+    assert Path("run/adapter.safetensors").stat().st_mode == Path("run/summary.json").stat().st_mode
     moments = torch.load("run/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     assert len(moments) == len(adapter)
 

@@ -145,5 +145,7 @@ def check_mixture(rank: int, num_experts: int, top_k: int) -> None:
     """Refuse settings that make no mixture of experts."""
     if rank < 1:
         raise ValueError(f"peft.rank={rank} must be at least 1")
+    if num_experts < 1:
+        raise ValueError(f"peft.num_experts={num_experts} must be at least 1")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"peft.top_k={top_k} must lie between 1 and peft.num_experts={num_experts}")

@@ -155,6 +155,8 @@ def test_tokens_without_a_grid_are_refused(shape: tuple[int, ...]) -> None:
 def test_impossible_mixtures_are_refused(method: type[ConvLoRA | ConvLoRAEquation]) -> None:
     with pytest.raises(ValueError, match=r"peft.rank=0"):
         method(rank=0)
+    with pytest.raises(ValueError, match=r"peft.num_experts=0 must be at least 1"):
+        method(num_experts=0)
     with pytest.raises(ValueError, match=r"peft.top_k=3 .* peft.num_experts=2"):
         method(num_experts=2, top_k=3)
 
