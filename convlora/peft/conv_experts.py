@@ -1,48 +1,236 @@
-"""Convolution experts at several scales: E_s(z) = down_s(act(conv3x3(up_s(z)))), bicubic both ways."""
+"""Convolution experts at any scale, exact, at a cost that does not grow with the scale.
+
+The expert of scale s is E_s(z) = down(act(conv3x3(up(z)))), where up resamples the tokens' grid to one s times
+finer and down back. Resampling is separable: along one axis of h tokens, up is a matrix [s h, h] and down one
+[h, s h]. Each row of down has few entries, at the m fine points nearest to the token's centre: m = 1 where s is
+odd, since a fine point lies on the centre, else 2 (bilinear) or 4 (bicubic). So the convolution is needed at m
+points per token and axis only, and reads fine points at most one step from these. With
+
+    R_u [m h, h]   the rows of up at those points shifted by u = -1, 0, 1; a row of zeros outside the fine grid,
+                   which is the convolution's zero padding
+    D [h, m]       the entries of down at those points
+    C_v, D'        the same along the other axis
+
+the expert is, borders and clamped taps included, for every s,
+
+    E(z)_o = sum_ab D_a D'_b act(bias_o + sum_uvi k_oiuv R_u z_i C_v^T)_ab.
+
+The scale enters by constant matrices whose sizes do not depend on it. They are gathered for each map by its gate
+together with k and bias, and three batched products give all maps their own expert at once. If act is the identity,
+D moves into R and C, and m = 1 serves every scale.
+"""
 
 import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Activation = Literal["gelu", "identity"]
+Interpolation = Literal["bicubic", "bilinear"]
+POINTS = {"bicubic": 4, "bilinear": 2}  # fine points per axis that down-sampling by an even scale reads
+
 
 class ConvExperts(nn.Module):
-    """One 3 x 3 convolution per scale, applied on a grid `scale` times finer than the tokens'.
+    """One 3 x 3 convolution per scale; each map passes through the experts that its gate chose.
+
+    Always computes in float32. Keeps r + m^2 r numbers per token and chosen expert for the backward pass: the
+    tokens and what enters the activation, 51 for bicubic experts of rank r = 3. Shapes do not depend on the
+    routing, nothing waits for the device, and every parameter receives a gradient, be it zero.
 
     Args:
-        channels: of the maps.
-        num_experts: expert i works at scale i + 1.
-        activation: GELU as in the released code, or the identity as in the paper's equation.
+        channels: r, of the maps.
+        scales: of the experts.
+        activation: `gelu` as in the released code, `identity` as in the paper's equation.
+        interpolation: up to the fine grid and back.
     """
 
-    def __init__(self, channels: int, num_experts: int, activation: nn.Module):
+    def __init__(
+        self,
+        channels: int,
+        scales: Sequence[int],
+        activation: Activation = "gelu",
+        interpolation: Interpolation = "bicubic",
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, channels, channels, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(num_experts, channels))
+        self.scales = tuple(scales)
         self.activation = activation
+        self.interpolation = interpolation
+        self.weight = nn.Parameter(torch.empty(len(self.scales), channels, channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(len(self.scales), channels))
         for weight in self.weight:  # as PyTorch initialises one convolution
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
-    def forward(self, z: Tensor, gates: Tensor) -> Tensor:
-        """Return sum_i gates[:, i] E_i(z).
+    def forward(self, z: Tensor, choice: Tensor, gates: Tensor) -> Tensor:
+        """Return sum_k gates[:, k] E_choice[:, k](z).
 
         Args:
-            z: maps [n, h, w, channels].
-            gates: [n, num_experts]; an expert runs only for the maps whose gate is not zero.
+            z: maps [n, h, w, r].
+            choice: indices of the experts [n, k].
+            gates: their weights [n, k].
         """
-        maps = z.permute(0, 3, 1, 2)
-        mixed = torch.zeros_like(maps)
-        for index in range(gates.shape[1]):
-            chosen = gates[:, index].nonzero().squeeze(1)
-            if len(chosen):
-                out = gates[chosen, index, None, None, None].to(maps.dtype) * self.expert(index, maps[chosen])
-                mixed = mixed.index_add(0, chosen, out.to(mixed.dtype))
-        return mixed.permute(0, 2, 3, 1)
+        n, h, w, r = z.shape
+        k = choice.shape[1]
+        with torch.autocast(z.device.type, enabled=False):
+            maps = z.float().repeat_interleave(k, dim=0) if k > 1 else z.float()
+            out = RoutedExperts.apply(
+                maps,
+                self.weight,
+                self.bias,
+                choice.flatten(),
+                self.scales,
+                self.interpolation,
+                self.activation,
+            )
+            mixed = (out.view(n, k, h, w, r) * gates.float().view(n, k, 1, 1, 1)).sum(dim=1)
+        return mixed.to(z.dtype)
 
-    def expert(self, index: int, maps: Tensor) -> Tensor:
-        """Apply one expert to maps [n, channels, h, w]."""
-        size, scale = maps.shape[2:], index + 1
-        fine = F.interpolate(maps, scale_factor=scale, mode="bicubic")
-        fine = self.activation(F.conv2d(fine, self.weight[index], self.bias[index], padding=1))
-        return F.interpolate(fine, size=size, mode="bicubic")
+
+class RoutedExperts(torch.autograd.Function):
+    """Each map's own expert; the names are the module docstring's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        choice: Tensor,
+        scales: tuple[int, ...],
+        interpolation: Interpolation,
+        activation: Activation,
+    ) -> Tensor:
+        """Return maps [n, h, w, r].
+
+        Args:
+            ctx: for the backward pass.
+            z: maps [n, h, w, r].
+            weight: of the experts [e, r, r, 3, 3].
+            bias: of the experts [e, r].
+            choice: expert of each map [n].
+            scales: of the experts.
+            interpolation: up to the fine grid and back.
+            activation: between convolution and down-sampling.
+        """
+        n, h, w, r = z.shape
+        y, x = (axis_of(scales, size, interpolation, activation, z.device) for size in (h, w))
+        m = y.points.shape[1]
+        columns = sample_columns(z, x.cols[choice])
+        convolved = torch.bmm(kernels(weight, choice), columns)
+        convolved = convolved.view(n, 3, r, h, m * w).transpose(2, 3).reshape(n, 3 * h, r * m * w)
+        before = torch.bmm(y.rows[choice], convolved).view(n, m, h, r, m, w)
+        before += bias[choice][:, None, None, :, None, None]
+        after = F.gelu(before) if activation == "gelu" else before
+        if m > 1:
+            after = (after * y.points[choice][..., None, None, None]).sum(dim=1)
+            after = (after * x.points[choice][:, None, None]).sum(dim=3)
+        ctx.tables = (scales, interpolation, activation)
+        ctx.save_for_backward(z, weight, choice, before)
+        return after.reshape(n, h, r, w).transpose(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients of z, weight and bias; the columns are sampled again."""
+        z, weight, choice, before = ctx.saved_tensors
+        scales, interpolation, activation = ctx.tables
+        n, h, w, r = z.shape
+        y, x = (axis_of(scales, size, interpolation, activation, z.device) for size in (h, w))
+        m = y.points.shape[1]
+        with torch.autocast(z.device.type, enabled=False):
+            d = grad.transpose(2, 3).reshape(n, 1, h, r, 1, w)
+            if m > 1:
+                d = d * x.points[choice][:, None, None, None] * y.points[choice][..., None, None, None]
+            if activation == "gelu":
+                d = torch.ops.aten.gelu_backward(d, before)
+            d_convolved = torch.bmm(y.rows[choice].transpose(1, 2), d.reshape(n, m * h, r * m * w))
+            d_convolved = d_convolved.view(n, 3, h, r, m * w).transpose(2, 3).reshape(n, 3 * r, h * m * w)
+            sampling = x.cols[choice]
+            d_kernels = torch.bmm(d_convolved, sample_columns(z, sampling).transpose(1, 2))
+            d_columns = torch.bmm(kernels(weight, choice).transpose(1, 2), d_convolved)
+            d_columns = d_columns.view(n, r, 3, h, m * w).transpose(2, 3).reshape(n, r * h, 3 * m * w)
+            d_z = torch.bmm(d_columns, sampling).view(n, r, h, w).permute(0, 2, 3, 1)
+            # a product with the routing sums over maps in a fixed order, unlike a scatter on a GPU
+            routing = (choice == torch.arange(len(weight), device=z.device)[:, None]).to(z.dtype)
+            d_weight = (routing @ d_kernels.flatten(1)).view(-1, 3, r, r, 3).permute(0, 2, 3, 1, 4)
+            d_bias = routing @ d.sum(dim=(1, 2, 4, 5))
+        return d_z, d_weight, d_bias, None, None, None, None
+
+
+def sample_columns(z: Tensor, cols: Tensor) -> Tensor:
+    """Return z C_v^T for all v: [n, (i v), (h m w)] from maps [n, h, w, r] and `cols` [n, 3 m w, w]."""
+    n, h, w, r = z.shape
+    sampled = torch.bmm(z.permute(0, 3, 1, 2).reshape(n, r * h, w), cols.transpose(1, 2))
+    return sampled.view(n, r, h, 3, -1).transpose(2, 3).reshape(n, r * 3, -1)
+
+
+def kernels(weight: Tensor, choice: Tensor) -> Tensor:
+    """Return each map's convolution as a matrix [n, (u o), (i v)]."""
+    r = weight.shape[1]
+    return weight[choice].permute(0, 3, 1, 2, 4).reshape(-1, 3 * r, r * 3)
+
+
+class Axis(NamedTuple):
+    """The constant matrices of one axis of h tokens, for each of e experts.
+
+    Attributes:
+        rows: [e, m h, 3 h], all R_u side by side.
+        cols: [e, 3 m h, h], all R_u one below the other.
+        points: [e, m, h], D.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    points: Tensor
+
+
+@torch.compiler.assume_constant_result
+def axis_of(
+    scales: tuple[int, ...],
+    size: int,
+    interpolation: Interpolation,
+    activation: Activation,
+    device: torch.device,
+) -> Axis:
+    """Return the matrices of an axis of `size` tokens, made once."""
+    return _read_off(scales, size, interpolation, activation, device)
+
+
+@cache
+def _read_off(
+    scales: tuple[int, ...],
+    size: int,
+    interpolation: Interpolation,
+    activation: Activation,
+    device: torch.device,
+) -> Axis:
+    """Read the matrices off PyTorch's own resampling."""
+    linear = activation == "identity"
+    m = 1 if linear or all(scale % 2 for scale in scales) else POINTS[interpolation]
+    samples, points = [], []
+    with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever they are made
+        for scale in scales:
+            read = 1 if scale % 2 else POINTS[interpolation]
+            kept = read if linear else m
+            first = scale * torch.arange(size) + (scale - read) // 2
+            fine = first[:, None] + torch.arange(-1, kept + 1)
+            inside = (fine >= 0) & (fine < scale * size)
+            fine = fine.clamp(0, scale * size - 1)
+            up = resampling(size, scale * size, interpolation)[fine] * inside[..., None]
+            r = torch.stack([up[:, u : u + kept] for u in range(3)])  # [3, h, kept, h]
+            d = resampling(scale * size, size, interpolation).gather(1, fine[:, 1:-1]) * inside[:, 1:-1]
+            if linear:
+                r, d = (d[..., None] * r).sum(dim=2, keepdim=True), torch.ones_like(d[:, :1])
+            samples.append(r.transpose(1, 2).flatten(1, 2))
+            points.append(d.T)
+        stacked = torch.stack(samples).float()  # [e, 3, m h, h]
+        rows = stacked.transpose(1, 2).flatten(2).to(device)
+        return Axis(rows, stacked.flatten(1, 2).to(device), torch.stack(points).float().to(device))
+
+
+def resampling(size: int, to: int, interpolation: Interpolation) -> Tensor:
+    """Return the matrix [to, size] that resamples one axis."""
+    each = torch.eye(size, dtype=torch.float64).view(1, size, size, 1)
+    return F.interpolate(each, size=(to, 1), mode=interpolation)[0, :, :, 0].T

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from convlora.peft.base import replace_linears
-from convlora.peft.conv_experts import ConvExperts
+from convlora.peft.conv_experts import POINTS, ConvExperts, Interpolation
 from convlora.peft.gating import NoisyTopKGate
 from convlora.peft.lora import LoRALinear
 
@@ -28,17 +28,26 @@ class ConvLoRALinear(LoRALinear):
         alpha: scale of the update, in units of the rank.
         num_experts: experts at scales 1 to `num_experts`.
         top_k: experts per map.
+        interpolation: between the tokens' grid and the experts'.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, num_experts: int, top_k: int):
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        num_experts: int,
+        top_k: int,
+        interpolation: Interpolation = "bicubic",
+    ):
         super().__init__(base, rank, alpha)
         self.gate = NoisyTopKGate(rank, num_experts, top_k)
-        self.experts = ConvExperts(rank, num_experts, nn.GELU())
+        self.experts = ConvExperts(rank, range(1, num_experts + 1), "gelu", interpolation)
 
     def bottleneck(self, z: Tensor) -> Tensor:
         """Add the chosen experts' output to the tokens [n, h, w, rank] or [n, l, rank], l a square window."""
         grid = as_grid(z)
-        mixed: Tensor = self.experts(grid, self.gate(grid))
+        mixed: Tensor = self.experts(grid, *self.gate(grid))
         return z + mixed.reshape(z.shape)
 
 
@@ -50,17 +59,25 @@ class ConvLoRAEquationLinear(LoRALinear):
         rank: channels of the bottleneck.
         num_experts: experts at scales 1 to `num_experts`.
         top_k: experts per map.
+        interpolation: between the tokens' grid and the experts'.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, num_experts: int, top_k: int):
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        num_experts: int,
+        top_k: int,
+        interpolation: Interpolation = "bicubic",
+    ):
         super().__init__(base, rank, alpha=rank)
         self.gate = NoisyTopKGate(rank, num_experts, top_k)
-        self.experts = ConvExperts(rank, num_experts, nn.Identity())
+        self.experts = ConvExperts(rank, range(1, num_experts + 1), "identity", interpolation)
 
     def bottleneck(self, z: Tensor) -> Tensor:
         """Replace the tokens [n, h, w, rank] or [n, l, rank] by the chosen experts' output."""
         grid = as_grid(z)
-        mixed: Tensor = self.experts(grid, self.gate(grid))
+        mixed: Tensor = self.experts(grid, *self.gate(grid))
         return mixed.reshape(z.shape)
 
 
@@ -91,6 +108,8 @@ class ConvLoRA:
         num_experts: experts at scales 1 to `num_experts`.
         top_k: experts per map, at most `num_experts`.
         targets: ends of the names of the adapted layers.
+        blocks: indices of the adapted transformer blocks, negative from the end; None for all.
+        interpolation: between the tokens' grid and the experts', bicubic or bilinear.
     """
 
     rank: int = 3
@@ -98,16 +117,21 @@ class ConvLoRA:
     num_experts: int = 8
     top_k: int = 1
     targets: Sequence[str] = ("qkv",)
+    blocks: Sequence[int] | None = None
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
-        check_mixture(self.rank, self.num_experts, self.top_k)
+        check_mixture(self.rank, self.num_experts, self.top_k, self.interpolation)
 
     def inject(self, encoder: nn.Module) -> nn.Module:
         """Adapt the encoder in place and return it."""
         replace_linears(
             encoder,
             self.targets,
-            lambda base: ConvLoRALinear(base, self.rank, self.alpha, self.num_experts, self.top_k),
+            self.blocks,
+            lambda base: ConvLoRALinear(
+                base, self.rank, self.alpha, self.num_experts, self.top_k, self.interpolation
+            ),
         )
         return encoder
 
@@ -121,27 +145,34 @@ class ConvLoRAEquation:
         num_experts: experts at scales 1 to `num_experts`.
         top_k: experts per map, at most `num_experts`.
         targets: ends of the names of the adapted layers.
+        blocks: indices of the adapted transformer blocks, negative from the end; None for all.
+        interpolation: between the tokens' grid and the experts', bicubic or bilinear.
     """
 
     rank: int = 3
     num_experts: int = 8
     top_k: int = 1
     targets: Sequence[str] = ("qkv",)
+    blocks: Sequence[int] | None = None
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
-        check_mixture(self.rank, self.num_experts, self.top_k)
+        check_mixture(self.rank, self.num_experts, self.top_k, self.interpolation)
 
     def inject(self, encoder: nn.Module) -> nn.Module:
         """Adapt the encoder in place and return it."""
         replace_linears(
             encoder,
             self.targets,
-            lambda base: ConvLoRAEquationLinear(base, self.rank, self.num_experts, self.top_k),
+            self.blocks,
+            lambda base: ConvLoRAEquationLinear(
+                base, self.rank, self.num_experts, self.top_k, self.interpolation
+            ),
         )
         return encoder
 
 
-def check_mixture(rank: int, num_experts: int, top_k: int) -> None:
+def check_mixture(rank: int, num_experts: int, top_k: int, interpolation: str) -> None:
     """Refuse settings that make no mixture of experts."""
     if rank < 1:
         raise ValueError(f"peft.rank={rank} must be at least 1")
@@ -149,3 +180,5 @@ def check_mixture(rank: int, num_experts: int, top_k: int) -> None:
         raise ValueError(f"peft.num_experts={num_experts} must be at least 1")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"peft.top_k={top_k} must lie between 1 and peft.num_experts={num_experts}")
+    if interpolation not in POINTS:
+        raise ValueError(f"peft.interpolation={interpolation} must be one of {', '.join(POINTS)}")

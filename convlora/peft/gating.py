@@ -4,6 +4,8 @@ Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-
 arXiv:1701.06538, equations 3 to 11 and appendix A.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,18 @@ from convlora.peft.base import HasAuxLoss
 
 NOISE_FLOOR = 1e-2  # standard deviation of the noise that no training can remove
 BALANCE_WEIGHT = 1e-2
+
+
+class Routes(NamedTuple):
+    """What a gate decides.
+
+    Attributes:
+        choice: indices of the chosen experts [n, k].
+        gates: their weights [n, k], positive, of sum 1.
+    """
+
+    choice: Tensor
+    gates: Tensor
 
 
 class NoisyTopKGate(HasAuxLoss):
@@ -27,7 +41,7 @@ class NoisyTopKGate(HasAuxLoss):
         top_k: experts kept per map.
 
     Attributes:
-        aux_loss: balance loss of the last forward pass, 0.01 (CV^2(importance) + CV^2(load)).
+        aux_loss: balance loss of the last forward pass in training.
     """
 
     def __init__(self, channels: int, num_experts: int, top_k: int):
@@ -36,40 +50,54 @@ class NoisyTopKGate(HasAuxLoss):
         self.weight = nn.Parameter(torch.zeros(channels, num_experts))
         self.noise_weight = nn.Parameter(torch.zeros(channels, num_experts))
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Return gates [n, num_experts] for maps [n, h, w, channels]: `top_k` positive weights of sum 1."""
+    def forward(self, z: Tensor) -> Routes:
+        """Route maps [n, h, w, channels]; with noise and balance loss in training only."""
         with torch.autocast(z.device.type, enabled=False):
             features = z.float().mean(dim=(1, 2))
             clean = features @ self.weight.float()
-            if self.training:
-                std = F.softplus(features @ self.noise_weight.float()) + NOISE_FLOOR
-                logits = clean + torch.randn_like(clean) * std
+            if not self.training:
+                return route(clean, self.top_k)
+            std = F.softplus(features @ self.noise_weight.float()) + NOISE_FLOOR
+            noisy = clean + torch.randn_like(clean) * std
+            routes = route(noisy, self.top_k)
+            importance = torch.zeros_like(noisy).scatter(1, *routes)
+            if self.top_k < noisy.shape[1]:
+                load = prob_in_top_k(clean, noisy, std, self.top_k)
             else:
-                logits = clean
-            top = logits.topk(min(self.top_k + 1, logits.shape[1]))
-            kept = top.indices[:, : self.top_k]
-            weights = top.values[:, : self.top_k].softmax(dim=1)
-            gates = torch.zeros_like(logits).scatter(1, kept, weights)
-            if self.training and self.top_k < logits.shape[1]:
-                load = prob_in_top_k(clean, logits, std, top.values).sum(dim=0)
-            else:
-                load = (gates > 0).float().sum(dim=0)
-            self.aux_loss = BALANCE_WEIGHT * (cv_squared(gates.sum(dim=0)) + cv_squared(load))
-        return gates
+                load = torch.ones_like(noisy)
+            self.aux_loss = balance_loss(importance, load)
+        return routes
 
 
-def prob_in_top_k(clean: Tensor, noisy: Tensor, std: Tensor, top_values: Tensor) -> Tensor:
+def route(logits: Tensor, top_k: int) -> Routes:
+    """Keep the `top_k` largest of logits [n, e] with softmax weights among themselves."""
+    top = logits.topk(top_k)
+    return Routes(top.indices, top.values.softmax(dim=1))
+
+
+def balance_loss(gates: Tensor, load: Tensor) -> Tensor:
+    """Return 0.01 (CV^2(importance) + CV^2(load)), low where all experts are used alike.
+
+    Args:
+        gates: weight of each expert for each map [n, e], 0 where it was not chosen; their sums are the importance.
+        load: probability that each expert is chosen for each map [n, e].
+    """
+    return BALANCE_WEIGHT * (cv_squared(gates.sum(dim=0)) + cv_squared(load.sum(dim=0)))
+
+
+def prob_in_top_k(clean: Tensor, noisy: Tensor, std: Tensor, top_k: int) -> Tensor:
     """Probability that each expert stays among the chosen under fresh noise of its own (appendix A).
 
     Args:
         clean: logits without noise [n, e].
         noisy: the logits that were used [n, e].
         std: standard deviation of the noise [n, e].
-        top_values: the k + 1 largest of `noisy`, descending [n, k + 1].
+        top_k: number of chosen experts, less than e.
 
     Returns:
         Probabilities [n, e], differentiable in `clean` and `std`.
     """
+    top_values = noisy.topk(top_k + 1).values
     # The k-th largest of the others: an expert that is in competes with the first one left out.
     to_stay_in, to_get_in = top_values[:, -1:], top_values[:, -2:-1]
     threshold = torch.where(noisy > to_stay_in, to_stay_in, to_get_in)

@@ -46,11 +46,13 @@ class LoRA:
         rank: of the update, at least 1.
         alpha: scale of the update, in units of the rank.
         targets: ends of the names of the adapted layers.
+        blocks: indices of the adapted transformer blocks, negative from the end; None for all.
     """
 
     rank: int = 3
     alpha: float = 32.0
     targets: Sequence[str] = ("qkv",)
+    blocks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -58,5 +60,7 @@ class LoRA:
 
     def inject(self, encoder: nn.Module) -> nn.Module:
         """Adapt the encoder in place and return it."""
-        replace_linears(encoder, self.targets, lambda base: LoRALinear(base, self.rank, self.alpha))
+        replace_linears(
+            encoder, self.targets, self.blocks, lambda base: LoRALinear(base, self.rank, self.alpha)
+        )
         return encoder

@@ -14,8 +14,7 @@ def test_probability_of_staying_chosen_equals_simulation() -> None:
     generator = torch.Generator().manual_seed(0)
     clean, std = torch.tensor([[0.3, 0.0, -0.4, 0.1]]), torch.tensor([[0.5, 0.7, 0.4, 1.0]])
     noisy = clean + std * torch.randn(1, 4, generator=generator)
-    top = noisy.topk(3).values  # k = 2
-    found = prob_in_top_k(clean, noisy, std, top)
+    found = prob_in_top_k(clean, noisy, std, top_k=2)
     for i in range(4):
         fresh = noisy.repeat(200_000, 1)
         fresh[:, i] = clean[0, i] + std[0, i] * torch.randn(200_000, generator=generator)
@@ -27,18 +26,26 @@ def test_noise_only_in_training() -> None:
     gate = NoisyTopKGate(3, 6, top_k=2)
     torch.nn.init.normal_(gate.weight)
     z = torch.randn(64, 4, 4, 3)
-    assert torch.equal(gate.eval()(z), gate(z))
-    assert not torch.equal(gate.train()(z), gate(z))
+    assert torch.equal(gate.eval()(z).gates, gate(z).gates)
+    assert not torch.equal(gate.train()(z).gates, gate(z).gates)
+
+
+def test_balance_loss_only_in_training() -> None:
+    gate = NoisyTopKGate(3, 6, top_k=2).eval()
+    gate(torch.randn(8, 4, 4, 3))
+    assert not hasattr(gate, "aux_loss")
+    gate.train()(torch.randn(8, 4, 4, 3))
+    assert gate.aux_loss > 0
 
 
 def test_task_gradient_never_reaches_a_top_1_gate() -> None:
     gate = NoisyTopKGate(3, 6, top_k=1).train()
-    (gate(torch.randn(8, 4, 4, 3)) * torch.randn(8, 6)).sum().backward()
+    (gate(torch.randn(8, 4, 4, 3)).gates * torch.randn(8, 1)).sum().backward()
     assert gate.weight.grad is not None
     assert gate.weight.grad.abs().max() == 0
 
 
 def test_one_expert_has_nothing_to_balance() -> None:
     gate = NoisyTopKGate(3, 1, top_k=1).train()
-    assert torch.equal(gate(torch.randn(5, 4, 4, 3)), torch.ones(5, 1))
+    assert torch.equal(gate(torch.randn(5, 4, 4, 3)).gates, torch.ones(5, 1))
     assert gate.aux_loss == 0

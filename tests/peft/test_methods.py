@@ -11,6 +11,7 @@ from torch import nn
 from convlora.peft.base import Method, aux_loss
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA, LoRALinear
+from convlora.sam.tiny_vit import TinyViTEncoder
 from convlora.sam.zoo import SamViT
 from convlora.segmenter import Segmenter
 
@@ -90,6 +91,27 @@ def test_targets_choose_single_layers(tiny: SamViT) -> None:
     encoder = LoRA(targets=["blocks.0.attn.qkv", "lin1"]).inject(tiny.build().image_encoder)
     adapted = [name for name, module in encoder.named_modules() if isinstance(module, LoRALinear)]
     assert adapted == ["blocks.0.attn.qkv", "blocks.0.mlp.lin1", "blocks.1.mlp.lin1"]
+
+
+def test_blocks_choose_where_to_adapt() -> None:
+    encoder = LoRA(blocks=[1, -1]).inject(TinyViTEncoder())
+    adapted = [name for name, module in encoder.named_modules() if isinstance(module, LoRALinear)]
+    assert adapted == ["stages.1.blocks.1.attn.qkv", "stages.3.blocks.1.attn.qkv"]
+
+
+def test_nothing_is_kept_before_the_first_adapted_block(tiny: SamViT) -> None:
+    encoder = ConvLoRA(blocks=[-1]).inject(tiny.build().image_encoder.requires_grad_(False)).train()
+    learns: list[bool] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, output: learns.append(output.requires_grad))
+    encoder(torch.randn(1, 3, 32, 32))
+    assert learns == [False, True]
+
+
+@pytest.mark.parametrize(("blocks", "message"), [([2], "there is no block 2.* has 2"), ([], "is empty")])
+def test_blocks_that_do_not_exist_are_refused(blocks: list[int], message: str, tiny: SamViT) -> None:
+    with pytest.raises(ValueError, match=f"peft.blocks:? {message}"):
+        LoRA(blocks=blocks).inject(tiny.build().image_encoder)
 
 
 def test_impossible_rank_is_refused() -> None:

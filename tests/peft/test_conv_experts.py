@@ -1,0 +1,160 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import golden
+from torch import Tensor
+
+from convlora.peft.conv_experts import Activation, ConvExperts, Interpolation, axis_of
+
+SCALES = range(1, 17)
+GRIDS = [(14, 14), (9, 13), (1, 4), (3, 1)]
+
+
+def literal(experts: ConvExperts, index: int, maps: Tensor) -> Tensor:
+    """The expert as its definition reads, on maps [n, channels, h, w]."""
+    mode, size = experts.interpolation, maps.shape[2:]
+    fine = F.interpolate(maps, scale_factor=experts.scales[index], mode=mode)
+    fine = F.conv2d(fine, experts.weight[index], experts.bias[index], padding=1)
+    return F.interpolate(F.gelu(fine) if experts.activation == "gelu" else fine, size=size, mode=mode)
+
+
+def literal_mixture(experts: ConvExperts, z: Tensor, choice: Tensor, gates: Tensor) -> Tensor:
+    return torch.stack(
+        [
+            sum(
+                gate * literal(experts, int(index), maps[None].permute(0, 3, 1, 2))[0].permute(1, 2, 0)
+                for index, gate in zip(indices, weights, strict=True)
+            )
+            for maps, indices, weights in zip(z, choice, gates, strict=True)
+        ]
+    )
+
+
+def make(scales: range | list[int], activation: Activation, interpolation: Interpolation) -> ConvExperts:
+    torch.manual_seed(0)
+    experts = ConvExperts(3, scales, activation, interpolation)
+    torch.nn.init.normal_(experts.bias)
+    return experts
+
+
+def assert_same_function(experts: ConvExperts, z: Tensor, choice: Tensor, gates: Tensor) -> None:
+    """Outputs and all gradients equal the literal form's to 3e-5 of their largest value."""
+    inputs = [z.requires_grad_(), gates.requires_grad_(), experts.weight, experts.bias]
+    cotangent = torch.randn(z.shape)
+    found, expected = experts(z, choice, gates), literal_mixture(experts, z, choice, gates)
+    pairs = [(found, expected)]
+    pairs += zip(
+        torch.autograd.grad(found, inputs, cotangent),
+        torch.autograd.grad(expected, inputs, cotangent),
+        strict=True,
+    )
+    for ours, reference in pairs:
+        limit = 3e-5 * max(reference.abs().max().item(), 1e-3)
+        torch.testing.assert_close(ours, reference, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("activation", ["gelu", "identity"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_one_expert_equals_literal_form(
+    scale: int, activation: Activation, interpolation: Interpolation
+) -> None:
+    experts = make([scale], activation, interpolation)
+    for h, w in GRIDS:
+        choice, gates = torch.zeros(2, 1, dtype=torch.long), torch.rand(2, 1)
+        assert_same_function(experts, torch.randn(2, h, w, 3), choice, gates)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("activation", ["gelu", "identity"])
+def test_routed_experts_equal_literal_form(activation: Activation, top_k: int) -> None:
+    experts = make(range(1, 9), activation, "bicubic")
+    for h, w in GRIDS:
+        choice = torch.rand(12, 8).topk(top_k).indices
+        assert_same_function(experts, torch.randn(12, h, w, 3), choice, torch.rand(12, top_k))
+
+
+def test_global_grid_equals_literal_form() -> None:
+    experts = make(range(1, 9), "gelu", "bicubic")
+    choice = torch.tensor([[1], [7]])
+    assert_same_function(experts, torch.randn(2, 64, 64, 3), choice, torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_expert_equals_golden_numbers(scale: int) -> None:
+    reference = {k: torch.from_numpy(v) for k, v in golden("conv_expert_scales.npz", f"s{scale}/").items()}
+    x = torch.from_numpy(golden("conv_expert_scales.npz")["x"])
+    experts = ConvExperts(3, [scale])
+    experts.load_state_dict({"weight": reference["weight"][None], "bias": reference["bias"][None]})
+    found = experts(x.permute(0, 2, 3, 1), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+    torch.testing.assert_close(found.permute(0, 3, 1, 2), reference["output"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_tables_keep_all_weight_of_the_resampling(interpolation: Interpolation) -> None:
+    axis = axis_of(tuple(SCALES), 5, interpolation, "gelu", torch.device("cpu"))
+    torch.testing.assert_close(axis.points.sum(dim=1), torch.ones(16, 5))
+
+
+def test_work_does_not_depend_on_the_scale() -> None:
+    cpu = torch.device("cpu")
+    for scales in ([3], [15]), ([6], [16]):
+        small, large = (axis_of(tuple(s), 14, "bicubic", "gelu", cpu) for s in scales)
+        assert [table.shape for table in small] == [table.shape for table in large]
+
+
+def test_only_tokens_and_preactivations_are_kept_for_backward() -> None:
+    experts = make(range(1, 9), "gelu", "bicubic")
+    z = torch.randn(7, 14, 14, 3, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if len(tensor) == 7 and tensor.ndim > 2:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mixed = experts(z, torch.randint(8, (7, 1)), torch.ones(7, 1))
+    # the gates' gradient needs the experts' output: r more
+    assert sum(kept.values()) <= 7 * 14 * 14 * (3 + 16 * 3 + 3)
+    mixed.sum().backward()
+
+
+def test_tables_made_in_inference_serve_training() -> None:
+    experts = make([2, 3], "gelu", "bicubic")
+    choice, gates = torch.tensor([[0], [1]]), torch.ones(2, 1)
+    with torch.inference_mode():
+        experts(torch.randn(2, 11, 17, 3), choice, gates)
+    experts(torch.randn(2, 11, 17, 3), choice, gates).sum().backward()
+    assert experts.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_costs_the_rounding_of_the_tokens_only(dtype: torch.dtype) -> None:
+    experts = make(range(1, 9), "gelu", "bicubic")
+    z, choice, gates = torch.randn(8, 14, 14, 3).to(dtype), torch.arange(8)[:, None], torch.ones(8, 1)
+    with torch.autocast("cpu", dtype):
+        found = experts(z, choice, gates)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, experts(z.float(), choice, gates).to(dtype))
+
+
+def test_idle_experts_get_a_zero_gradient() -> None:
+    experts = make(range(1, 9), "gelu", "bicubic")
+    experts(torch.randn(1, 4, 4, 3), torch.tensor([[5]]), torch.ones(1, 1)).sum().backward()
+    assert experts.weight.grad is not None
+    used = experts.weight.grad.flatten(1).abs().sum(dim=1) > 0
+    assert used.nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph() -> None:
+    experts = make(range(1, 9), "gelu", "bicubic")
+    z = torch.randn(6, 7, 7, 3, requires_grad=True)
+    choice, gates = torch.randint(8, (6, 2)), torch.rand(6, 2)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    expected = experts(z, choice, gates)
+    torch.testing.assert_close(compiled(z, choice, gates), expected)
+    (ours,) = torch.autograd.grad(compiled(z, choice, gates).square().sum(), z)
+    (reference,) = torch.autograd.grad(expected.square().sum(), z)
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
