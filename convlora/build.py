@@ -174,7 +174,7 @@ class Adapter:
         resize: config of the resize it was trained with.
         class_names: one for each class.
         identity: name and SHA-256 of the base weights.
-        precision: of the training, in Lightning's words.
+        precision: to compute in, in Lightning's words.
     """
 
     segmenter: Segmenter
@@ -198,12 +198,13 @@ def save_adapter(
     path.write_bytes(save(state, metadata))  # with the permissions of other files, unlike `save_file`
 
 
-def load_adapter(path: str | Path, weights: str | None = None) -> Adapter:
+def load_adapter(path: str | Path, weights: str | None = None, precision: str | None = None) -> Adapter:
     """Rebuild the segmenter that an adapter file was saved from.
 
     Args:
         path: the file.
         weights: base weights, where they lie elsewhere than at training.
+        precision: to compute in; None takes that of the training.
 
     Raises:
         FileNotFoundError: no such file.
@@ -227,12 +228,19 @@ def load_adapter(path: str | Path, weights: str | None = None) -> Adapter:
     parts = {key: _trusted(path, key, config[key]) for key in ADAPTER_PACKAGES}
     if weights is not None:
         parts["model"]["weights"] = weights
+    precision = precision or str(config["trainer"]["precision"])
+    if not is_half(precision):
+        parts["model"]["frozen_dtype"] = "float32"
     class_names = json.loads(metadata["class_names"])
     segmenter, identity = make_segmenter(parts["model"], parts["peft"])
     check_identity(metadata, identity)
     segmenter.load_trainable_state(state)
-    precision = str(config["trainer"]["precision"])
     return Adapter(segmenter.eval(), parts["resize"], class_names, identity, precision)
+
+
+def is_half(precision: str) -> bool:
+    """Return whether matrix products run in half precision, which weights held in half precision need."""
+    return precision.startswith(("bf16", "16"))
 
 
 def _trusted(path: Path, section: str, config: Config) -> Config:

@@ -40,7 +40,7 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         ValueError: the adapter and the data set differ in their number of classes.
     """
-    adapter = load_adapter(config.checkpoint, config.model["weights"])
+    adapter = load_adapter(config.checkpoint, config.model["weights"], config.precision)
     data: SegmentationDataModule = make("dataset", config.dataset | {"resize": adapter.resize})
     if data.num_classes != len(adapter.class_names):
         raise ValueError(
@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> None:
     progress = [RichProgressBar()] if config.trainer.get("enable_progress_bar", True) else []
     trainer: Trainer = make(
         "trainer",
-        config.trainer | {"precision": config.precision or adapter.precision},
+        config.trainer | {"precision": adapter.precision},
         logger=False,
         callbacks=[table, Overlays(output / "overlays.png", table), *progress],
         use_distributed_sampler=False,

@@ -86,9 +86,10 @@ def predict(config: PredictConfig) -> None:
     """
     source, output = Path(config.input), Path(config.output)
     paths = find_images(source, output)
-    adapter = load_adapter(config.checkpoint, config.model["weights"])
     device = pick_device(config.device)
-    half = pick_half(config.precision or adapter.precision, device)
+    precision = config.precision or ("bf16-mixed" if device.type == "cuda" else None)
+    adapter = load_adapter(config.checkpoint, config.model["weights"], precision)
+    half = pick_half(adapter.precision, device)
     segmenter = adapter.segmenter.to(device)
     resize: Resize = make("resize", adapter.resize)
     names = name_outputs(paths, source)
@@ -127,7 +128,9 @@ def probabilities(
     """Return the 8-bit probability map of each image at its own size."""
     if not items:
         return []
-    images = torch.stack([item.pixels for item in items if item.pixels is not None]).to(device)
+    images = torch.stack([item.pixels for item in items if item.pixels is not None]).to(
+        device, non_blocking=True
+    )
     with torch.autocast(device.type, half, enabled=half is not None):
         logits = segmenter(images)
     maps = [

@@ -89,6 +89,12 @@ class Segmenter(nn.Module):
             module.training = False
         return self
 
+    def compile_encoder(self, backend: str = "inductor") -> None:
+        """Compile the image encoder as one graph when it first runs; its names and weights stay."""
+        # A gate records its loss in the forward pass; running a block again need not record it once more.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        self.image_encoder.compile(fullgraph=True, backend=backend)
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Return the trained tensors by name; they are all that an adapter file holds."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}

@@ -20,7 +20,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from convlora.build import Config, command, make, make_segmenter, outline_segmenter, save_adapter
+from convlora.build import (
+    Config,
+    command,
+    is_half,
+    make,
+    make_segmenter,
+    outline_segmenter,
+    save_adapter,
+)
 from convlora.callbacks import (
     Overlays,
     RunCheckpoint,
@@ -56,6 +64,7 @@ class TrainConfig:
     data_root: str
     run_dir: str
     ckpt_path: str | None
+    compile: bool
     dry_run: bool
 
 
@@ -74,6 +83,7 @@ def train(config: TrainConfig) -> float | None:
         return None
     ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
     check_monitor(config)
+    check_frozen_dtype(config)
     data.setup("fit")
     data.setup("test")  # a missing test set should not come out after the training
     check_run_dir(run_dir, outline)
@@ -111,6 +121,8 @@ def fit_and_test(
         announce(trainer, data, outline, run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
     segmenter, identity = make_segmenter(config.model, config.peft)
+    if config.compile:
+        segmenter.compile_encoder()
     loss, scores = make("loss", config.loss), make("metrics", config.metrics)
     task = SegmentationTask(
         segmenter, loss, scores, make("optimizer", config.optimizer), identity, config.seed
@@ -241,6 +253,16 @@ def check_monitor(config: TrainConfig) -> None:
     if config.early_stopping["monitor"] not in known:
         raise ValueError(
             f"early_stopping.monitor={config.early_stopping['monitor']} is not one of {', '.join(known)}"
+        )
+
+
+def check_frozen_dtype(config: TrainConfig) -> None:
+    """Refuse half-precision frozen weights in single-precision training; raises ValueError."""
+    held, precision = config.model.get("frozen_dtype", "float32"), str(config.trainer["precision"])
+    if held != "float32" and not is_half(precision):
+        raise ValueError(
+            f"model.frozen_dtype={held} does not go with trainer.precision={precision}, which multiplies in "
+            "single precision; set trainer.precision=bf16-mixed"
         )
 
 

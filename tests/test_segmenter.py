@@ -5,11 +5,11 @@ import torch
 from conftest import from_conf
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, TwoWayTransformer
 
-from convlora.peft.base import Method
+from convlora.peft.base import Method, aux_loss
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA
 from convlora.peft.selective import DecoderOnly
-from convlora.sam.zoo import SamViT
+from convlora.sam.zoo import MobileSam, SamViT
 from convlora.segmenter import Segmenter, restore_size, to_gray
 
 
@@ -131,3 +131,30 @@ def test_restored_logits_cover_the_image_and_not_the_padding() -> None:
 def test_gray_is_at_least_128_exactly_where_the_probability_is_at_least_one_half() -> None:
     logits = torch.tensor([-20.0, -1e-3, 0.0, 1e-3, 20.0])
     assert to_gray(logits).tolist() == [0, 127, 128, 128, 255]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["vit", "tiny_vit"])
+def test_encoder_compiles_as_one_graph(kind: str, checkpointing: bool, tiny: SamViT) -> None:
+    torch.manual_seed(0)
+    backbone = tiny if kind == "vit" else MobileSam("mobile_sam", 64)
+    sam = replace(backbone, activation_checkpointing=checkpointing).build()
+    segmenter = Segmenter(sam, ConvLoRA(num_experts=4)).train()
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss, aux = segmenter(images).square().mean(), aux_loss(segmenter)
+        assert aux is not None
+        (loss + aux).backward()
+        trained = {name: p.grad for name, p in segmenter.named_parameters() if p.requires_grad}
+        results.append({"loss": loss, "aux": aux, **trained})
+        segmenter.zero_grad()
+        segmenter.compile_encoder(backend="aot_eager")
+    eager, compiled = results
+    assert eager.keys() == compiled.keys()
+    for name, expected in eager.items():
+        assert expected is not None, name
+        limit = 1e-4 * max(expected.abs().max().item(), 1e-3)
+        torch.testing.assert_close(compiled[name], expected, rtol=0, atol=limit, msg=name)

@@ -1,13 +1,13 @@
 """Convolution experts at any scale, exact, at a cost that does not grow with the scale.
 
-The expert of scale s is E_s(z) = down(act(conv3x3(up(z)))), where up resamples the tokens' grid to one s times
-finer and down back. Resampling is separable: along one axis of h tokens, up is a matrix [s h, h] and down one
-[h, s h]. Each row of down has few entries, at the m fine points nearest to the token's centre: m = 1 where s is
-odd, since a fine point lies on the centre, else 2 (bilinear) or 4 (bicubic). So the convolution is needed at m
-points per token and axis only, and reads fine points at most one step from these. With
+The expert of scale s is E_s(z) = down(act(conv3x3(up(z)))), where up resamples the tokens' grid to one s
+times finer and down back. Resampling is separable: along one axis of h tokens, up is a matrix [s h, h] and
+down one [h, s h]. Each row of down has few entries, at the m fine points nearest to the token's centre: m = 1
+where s is odd, since a fine point lies on the centre, else 2 (bilinear) or 4 (bicubic). So the convolution is
+needed at m points per token and axis only, and reads fine points at most one step from these. With
 
-    R_u [m h, h]   the rows of up at those points shifted by u = -1, 0, 1; a row of zeros outside the fine grid,
-                   which is the convolution's zero padding
+    R_u [m h, h]   the rows of up at those points shifted by u = -1, 0, 1; a row of zeros outside the fine
+                   grid, which is the convolution's zero padding
     D [h, m]       the entries of down at those points
     C_v, D'        the same along the other axis
 
@@ -15,9 +15,9 @@ the expert is, borders and clamped taps included, for every s,
 
     E(z)_o = sum_ab D_a D'_b act(bias_o + sum_uvi k_oiuv R_u z_i C_v^T)_ab.
 
-The scale enters by constant matrices whose sizes do not depend on it. They are gathered for each map by its gate
-together with k and bias, and three batched products give all maps their own expert at once. If act is the identity,
-D moves into R and C, and m = 1 serves every scale.
+The scale enters by constant matrices whose sizes do not depend on it. They are gathered for each map by its
+gate together with k and bias, and three batched products give all maps their own expert at once. If act is
+the identity, D moves into R and C, and m = 1 serves every scale: a 3 x 3 convolution of resampled tokens.
 """
 
 import math
@@ -85,7 +85,7 @@ class ConvExperts(nn.Module):
                 self.interpolation,
                 self.activation,
             )
-            mixed = (out.view(n, k, h, w, r) * gates.float().view(n, k, 1, 1, 1)).sum(dim=1)
+            mixed: Tensor = (out.view(n, k, h, w, r) * gates.float().view(n, k, 1, 1, 1)).sum(dim=1)
         return mixed.to(z.dtype)
 
 
@@ -132,7 +132,7 @@ class RoutedExperts(torch.autograd.Function):
         return after.reshape(n, h, r, w).transpose(2, 3)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of z, weight and bias; the columns are sampled again."""
         z, weight, choice, before = ctx.saved_tensors
         scales, interpolation, activation = ctx.tables
@@ -186,7 +186,7 @@ class Axis(NamedTuple):
     points: Tensor
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def axis_of(
     scales: tuple[int, ...],
     size: int,

@@ -79,7 +79,8 @@ def balance_loss(gates: Tensor, load: Tensor) -> Tensor:
     """Return 0.01 (CV^2(importance) + CV^2(load)), low where all experts are used alike.
 
     Args:
-        gates: weight of each expert for each map [n, e], 0 where it was not chosen; their sums are the importance.
+        gates: weight of each expert for each map [n, e], 0 where it was not chosen; an expert's importance is
+            its sum.
         load: probability that each expert is chosen for each map [n, e].
     """
     return BALANCE_WEIGHT * (cv_squared(gates.sum(dim=0)) + cv_squared(load.sum(dim=0)))

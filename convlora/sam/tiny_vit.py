@@ -21,9 +21,11 @@ class WindowAttention(nn.Module):
     """Attention over the tokens of a window [n, l, c] with TinyViT's learnt bias per offset.
 
     timm gathers the bias table at the first call and keeps it; made during validation, that copy is an
-    inference tensor, which the next training step cannot save for its backward pass. Here the biases stay
-    a parameter and the index a buffer, and the frozen table is gathered per call into no graph.
+    inference tensor, which the next training step cannot save for its backward pass. Here it is a buffer,
+    gathered when weights are loaded.
     """
+
+    bias: Tensor
 
     def __init__(self, attention: Attention):
         super().__init__()
@@ -33,15 +35,27 @@ class WindowAttention(nn.Module):
         self.proj = attention.proj
         self.attention_biases = attention.attention_biases
         self.register_buffer("attention_bias_idxs", attention.attention_bias_idxs, persistent=False)
+        self.register_buffer("bias", None, persistent=False)
+        self.prepare()
+        self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
+
+    def prepare(self) -> None:
+        """Spread the biases of offsets over pairs of tokens [heads, l, l]; again after weights are loaded."""
+        self.bias = self.attention_biases.detach()[:, self.attention_bias_idxs]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens [n, l, c] to [n, l, c]."""
         n, l, c = x.shape  # noqa: E741
         q, k, v = self.qkv(self.norm(x)).view(n, l, self.num_heads, 3, -1).permute(3, 0, 2, 1, 4)
-        bias = self.attention_biases[:, self.attention_bias_idxs].to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        learnt = self.attention_biases.requires_grad
+        bias = self.attention_biases[:, self.attention_bias_idxs] if learnt else self.bias
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         out: Tensor = self.proj(x.transpose(1, 2).reshape(n, l, c))
         return out
+
+
+def _prepare_again(module: WindowAttention, _: object) -> None:
+    module.prepare()
 
 
 class TinyViTEncoder(nn.Module):
@@ -71,6 +85,11 @@ class TinyViTEncoder(nn.Module):
             nn.Conv2d(256, 256, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(256),
         )
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, first to last."""
+        return [block for stage in self.stages for block in stage.blocks]
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images."""

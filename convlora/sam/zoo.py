@@ -6,7 +6,7 @@ by which an adapter recognises the weights it was trained on.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,13 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.image_encoder import PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from convlora.sam import checkpoints
+from convlora.sam.attention import RelPosAttention, resample_offsets
 from convlora.sam.tiny_vit import TinyViTEncoder, convert_mobile_sam
+
+FROZEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,10 @@ class Backbone(Protocol):
         """Checkpoint file, or None for the one at `url`."""
 
     @property
+    def frozen_dtype(self) -> str:
+        """What the frozen image encoder's matrices are held in: float32 or bfloat16."""
+
+    @property
     def url(self) -> str | None:
         """Where the public checkpoint lies; None where there is none, and random weights are used."""
 
@@ -74,6 +82,10 @@ class SamViT:
         image_size: side of the input in pixels, a multiple of `patch_size`.
         weights: checkpoint file; None takes the one at `url`, or random weights where that is None too.
         url: official checkpoint.
+        frozen_dtype: of the frozen image encoder's matrices, float32 or bfloat16; the latter halves their
+            memory and needs autocast to bfloat16, which rounds them so anyway.
+        activation_checkpointing: keep only the input of each block of the image encoder for the backward
+            pass, and run the block again there; less memory, more time.
         patch_size: side of a patch in pixels.
         window_size: side of a window in tokens.
         decoder_dim: channels of the neck, the prompt encoder and the mask decoder.
@@ -88,6 +100,8 @@ class SamViT:
     image_size: int = 1024
     weights: str | None = None
     url: str | None = None
+    frozen_dtype: str = "float32"
+    activation_checkpointing: bool = False
     patch_size: int = 16
     window_size: int = 14
     decoder_dim: int = 256
@@ -95,6 +109,7 @@ class SamViT:
 
     def __post_init__(self) -> None:
         _check_image_size(self.name, self.image_size, self.patch_size)
+        _check_dtype(self.frozen_dtype)
 
     def build(self) -> Sam:
         """Return the architecture with random weights."""
@@ -110,6 +125,10 @@ class SamViT:
             window_size=self.window_size,
             global_attn_indexes=tuple(self.global_attn_indexes),
         )
+        for block in encoder.blocks:
+            block.attn = RelPosAttention(block.attn)
+        if self.activation_checkpointing:
+            checkpoint_blocks(encoder.blocks)
         return _sam(encoder, self.image_size, self.patch_size, self.decoder_dim, self.decoder_mlp_dim)
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,19 +157,29 @@ class MobileSam:
         image_size: side of the input in pixels, a multiple of 16.
         weights: checkpoint file; None takes the one at `url`.
         url: official checkpoint.
+        frozen_dtype: of the frozen image encoder's matrices, float32 or bfloat16; the latter halves their
+            memory and needs autocast to bfloat16, which rounds them so anyway.
+        activation_checkpointing: keep only the input of each block of the image encoder for the backward
+            pass, and run the block again there; less memory, more time.
     """
 
     name: str
     image_size: int = 1024
     weights: str | None = None
     url: str | None = None
+    frozen_dtype: str = "float32"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         _check_image_size(self.name, self.image_size, TinyViTEncoder.stride)
+        _check_dtype(self.frozen_dtype)
 
     def build(self) -> Sam:
         """Return the architecture with random weights."""
-        return _sam(TinyViTEncoder(), self.image_size, TinyViTEncoder.stride, dim=256, mlp_dim=2048)
+        encoder = TinyViTEncoder()
+        if self.activation_checkpointing:
+            checkpoint_blocks(encoder.blocks)
+        return _sam(encoder, self.image_size, TinyViTEncoder.stride, dim=256, mlp_dim=2048)
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the checkpoint under this encoder's names; it has no tables that depend on the size."""
@@ -179,14 +208,30 @@ def load_backbone(backbone: Backbone) -> tuple[Sam, str]:
             torch.manual_seed(0)
             sam = backbone.build()
         _favour_texture(sam.image_encoder)
-        return sam, checkpoints.hash_tensors(sam.state_dict())
+        sha256 = checkpoints.hash_tensors(sam.state_dict())
+        hold_frozen(sam.image_encoder, backbone.frozen_dtype)
+        return sam, sha256
     if not path.is_file():
         raise FileNotFoundError(f"{backbone.name}: no weights file at {path}; set model.weights=PATH")
     state = backbone.convert(checkpoints.read(backbone.name, path))
     sam = backbone.build()
     checkpoints.check_fit(backbone.name, path, state, sam.state_dict())
     sam.load_state_dict(state)
+    hold_frozen(sam.image_encoder, backbone.frozen_dtype)
     return sam, checkpoints.hash_file(path)
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Make each block keep its input only for the backward pass and run again there, noise included."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def hold_frozen(encoder: nn.Module, dtype: str) -> None:
+    """Convert the matrices and filters of an encoder, its bulk; norms, biases' tables and positions stay."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(FROZEN_DTYPES[dtype])
 
 
 def resample_grid(table: Tensor, grid: int) -> Tensor:
@@ -195,13 +240,6 @@ def resample_grid(table: Tensor, grid: int) -> Tensor:
         return table
     maps = F.interpolate(table.permute(0, 3, 1, 2), size=(grid, grid), mode="bicubic", align_corners=False)
     return maps.permute(0, 2, 3, 1)
-
-
-def resample_offsets(table: Tensor, length: int) -> Tensor:
-    """Resample relative position embeddings [offsets, c] to [length, c], linear as segment-anything does."""
-    if len(table) == length:
-        return table
-    return F.interpolate(table.T[None], size=length, mode="linear")[0].T
 
 
 def _sam(encoder: nn.Module, image_size: int, patch_size: int, dim: int, mlp_dim: int) -> Sam:
@@ -231,6 +269,11 @@ def _favour_texture(encoder: nn.Module) -> None:
         elif isinstance(module, MLPBlock):
             module.lin1.weight.mul_(3)
             module.lin2.weight.mul_(3)
+
+
+def _check_dtype(name: str) -> None:
+    if name not in FROZEN_DTYPES:
+        raise ValueError(f"model.frozen_dtype={name} must be one of {', '.join(FROZEN_DTYPES)}")
 
 
 def _check_image_size(name: str, image_size: int, patch_size: int) -> None:

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, from_conf
+from torch import Tensor
 
-from convlora.sam.zoo import (
-    MobileSam,
-    SamViT,
-    load_backbone,
-    resample_grid,
-    resample_offsets,
-)
+from convlora.peft.base import aux_loss
+from convlora.peft.conv_lora import ConvLoRA
+from convlora.sam.attention import offset_table, resample_offsets
+from convlora.sam.zoo import Backbone, MobileSam, SamViT, load_backbone, resample_grid
 
+SMALL_VIT = SamViT("small", 16, 2, 2, (1,), 32, patch_size=4, window_size=4, decoder_dim=32)
 MODELS = sorted((ROOT / "conf" / "model").glob("*.yaml"))
 
 
@@ -97,9 +96,56 @@ def test_offsets_are_resampled_as_segment_anything_does() -> None:
     from segment_anything.modeling.image_encoder import get_rel_pos
 
     table = torch.randn(15, 6)
-    rows = torch.arange(5)
-    expected = get_rel_pos(5, 5, table)
-    torch.testing.assert_close(resample_offsets(table, 9)[rows[:, None] - rows[None] + 4], expected)
+    torch.testing.assert_close(offset_table(table, 5), get_rel_pos(5, 5, table))
+
+
+@pytest.mark.parametrize("backbone", [SMALL_VIT, MobileSam("mobile_sam", 64)], ids=["vit", "tiny_vit"])
+def test_activation_checkpointing_changes_memory_only(backbone: Backbone) -> None:
+    results, kept = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        sam = replace(backbone, activation_checkpointing=checkpointing).build()  # type: ignore[type-var]
+        encoder = ConvLoRA(num_experts=4).inject(sam.image_encoder.requires_grad_(False)).train()
+        for name, parameter in encoder.named_parameters():
+            if "lora_b" in name:
+                torch.nn.init.normal_(parameter)
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            embeddings = encoder(torch.randn(2, 3, backbone.image_size, backbone.image_size))
+            aux = aux_loss(encoder)
+        assert aux is not None
+        (embeddings.square().sum() + aux).backward()
+        trained = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+        results.append({name: p.grad for name, p in trained.items()} | {"aux": aux.detach()})
+        kept.append(sum(sizes))
+        gate = [g for name, g in results[-1].items() if name.endswith("gate.noise_weight")]
+        assert all(g is not None and g.abs().max() > 0 for g in gate)
+    plain, checkpointed = results
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+    assert kept[1] < kept[0] / 2
+
+
+def test_frozen_weights_in_half_precision_give_the_same_under_autocast(tiny: SamViT) -> None:
+    full, _ = load_backbone(tiny)
+    half, _ = load_backbone(replace(tiny, frozen_dtype="bfloat16"))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half.image_encoder(images), full.image_encoder(images))
+    size = [sum(p.nbytes for p in sam.image_encoder.parameters()) for sam in (full, half)]
+    assert size[1] < 0.7 * size[0]
+    assert {p.dtype for p in half.mask_decoder.parameters()} == {torch.float32}
+
+
+def test_unknown_frozen_dtype_is_refused(tiny: SamViT) -> None:
+    with pytest.raises(ValueError, match=r"model.frozen_dtype=int8 must be one of float32, bfloat16"):
+        replace(tiny, frozen_dtype="int8")
 
 
 @pytest.mark.parametrize("size", [0, 30, -16])

@@ -1,0 +1,137 @@
+import copy
+
+import pytest
+import torch
+from conftest import from_conf
+from segment_anything.modeling.image_encoder import Attention
+from torch import Tensor, nn
+
+from convlora.sam import attention as ours
+from convlora.sam.attention import RelPosAttention, folded_attention, offset_table, tiled_attention
+from convlora.sam.zoo import SamViT
+
+SIZES = [(7, 7), (5, 9), (1, 4)]
+
+
+def reference(size: tuple[int, int]) -> Attention:
+    """segment-anything's own module with positions that matter."""
+    torch.manual_seed(0)
+    module = Attention(24, num_heads=3, use_rel_pos=True, input_size=size)
+    nn.init.normal_(module.rel_pos_h)
+    nn.init.normal_(module.rel_pos_w)
+    return module
+
+
+def run(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of the input and of the fused projection."""
+    x = x.detach().requires_grad_()
+    y = module(x)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [x, module.qkv.weight], cotangent)]
+
+
+@pytest.mark.parametrize("attend", [tiled_attention, folded_attention])
+@pytest.mark.parametrize("size", SIZES)
+def test_attention_equals_segment_anything(
+    size: tuple[int, int], attend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "attend", attend)
+    theirs = reference(size)
+    x = torch.randn(4, *size, 24)
+    for found, expected in zip(run(RelPosAttention(theirs), x), run(theirs, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = reference((7, 7))
+    x = torch.randn(4, 7, 7, 24)
+    monkeypatch.setattr(ours, "TILE", 49 * 10)  # 10 of 49 queries at a time, one head
+    for found, expected in zip(run(RelPosAttention(theirs), x), run(theirs, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_sizes_resample_offsets_as_segment_anything_does() -> None:
+    theirs = reference((7, 7))
+    x = torch.randn(2, 10, 4, 24)
+    torch.testing.assert_close(RelPosAttention(theirs)(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attend", [tiled_attention, folded_attention])
+def test_half_precision_stays_near_single(attend: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "attend", attend)
+    module = RelPosAttention(reference((7, 7)))
+    x = torch.randn(2, 7, 7, 24)
+    exact = run(module, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run(module, x)
+    for found, expected in zip(half, exact, strict=True):
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_no_matrix_of_all_pairs_is_kept_for_backward() -> None:
+    module = RelPosAttention(reference((32, 32)))
+    largest = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(torch.randn(1, 32, 32, 24, requires_grad=True))
+    assert largest < 1024 * 1024
+
+
+def test_tables_follow_loaded_weights() -> None:
+    module = RelPosAttention(reference((5, 5))).requires_grad_(False)
+    other = copy.deepcopy(module.state_dict())
+    other["rel_pos_h"] += 1
+    other["rel_pos_w"] -= 1
+    x = torch.randn(1, 5, 5, 24)
+    before = module(x)
+    module.load_state_dict(other)
+    assert not torch.allclose(module(x), before)
+    torch.testing.assert_close(module.row_table, offset_table(other["rel_pos_h"], 5))
+    assert set(other) == set(reference((5, 5)).state_dict())
+
+
+def test_positions_can_learn() -> None:
+    theirs = reference((5, 5))
+    module = RelPosAttention(theirs)
+    x = torch.randn(1, 5, 5, 24)
+    for name in ("rel_pos_h", "rel_pos_w"):
+        (found,) = torch.autograd.grad(module(x).square().sum(), getattr(module, name))
+        (expected,) = torch.autograd.grad(theirs(x).square().sum(), getattr(theirs, name))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_equals_segment_anything(tiny: SamViT) -> None:
+    torch.manual_seed(0)
+    encoder = tiny.build().image_encoder
+    for parameter in encoder.parameters():  # positions start at zero
+        nn.init.normal_(parameter, std=0.2)
+    theirs = copy.deepcopy(encoder)
+    for index, block in enumerate(theirs.blocks):
+        size = (8, 8) if index in tiny.global_attn_indexes else (4, 4)
+        block.attn = Attention(16, num_heads=2, use_rel_pos=True, input_size=size)
+    theirs.load_state_dict(encoder.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encoder(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_vit_b_equals_segment_anything() -> None:
+    """Two blocks of the real size, one windowed and one global, at 1024 pixels."""
+    from segment_anything import sam_model_registry
+
+    torch.manual_seed(0)
+    theirs = sam_model_registry["vit_b"]().image_encoder.requires_grad_(False)
+    for name, parameter in theirs.named_parameters():
+        if "rel_pos" in name:
+            nn.init.normal_(parameter, std=0.1)
+    encoder = from_conf("sam_vit_b").build().image_encoder.requires_grad_(False)
+    encoder.load_state_dict(theirs.state_dict())
+    for vit in (encoder, theirs):
+        vit.blocks = vit.blocks[1:3]
+    images = torch.randn(1, 3, 1024, 1024)
+    torch.testing.assert_close(encoder(images), theirs(images), rtol=1e-4, atol=1e-4)
