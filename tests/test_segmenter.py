@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import from_conf
+from literal import as_released
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, TwoWayTransformer
 
 from convlora.peft.base import Method, aux_loss
@@ -11,6 +13,10 @@ from convlora.peft.lora import LoRA
 from convlora.peft.selective import DecoderOnly
 from convlora.sam.zoo import MobileSam, SamViT
 from convlora.segmenter import Segmenter, restore_size, to_gray
+
+
+def name_it(name: str) -> Callable[[str], str]:
+    return lambda message: f"{name}: {message}"
 
 
 def trainable(segmenter: Segmenter) -> int:
@@ -157,4 +163,37 @@ def test_encoder_compiles_as_one_graph(kind: str, checkpointing: bool, tiny: Sam
     for name, expected in eager.items():
         assert expected is not None, name
         limit = 1e-4 * max(expected.abs().max().item(), 1e-3)
-        torch.testing.assert_close(compiled[name], expected, rtol=0, atol=limit, msg=name)
+        torch.testing.assert_close(
+            compiled[name], expected, rtol=0, atol=limit, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kind", ["vit", "tiny_vit"])
+def test_segmenter_equals_its_released_form(kind: str, tiny: SamViT) -> None:
+    torch.manual_seed(0)
+    backbone = tiny if kind == "vit" else MobileSam("mobile_sam", 64)
+    segmenter = Segmenter(backbone.build(), ConvLoRA(num_experts=8)).train()
+    for name, parameter in segmenter.named_parameters():
+        if "lora_b" in name or "rel_pos" in name or "attention_biases" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    segmenter.image_encoder.load_state_dict(segmenter.image_encoder.state_dict())  # tables follow
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        logits = segmenter(images)
+        logits.square().mean().backward()
+        trained = {name: p.grad for name, p in segmenter.named_parameters() if p.requires_grad}
+        results.append({"logits": logits.detach(), **trained})
+        segmenter.zero_grad()
+        as_released(segmenter.image_encoder)
+    ours, released = results
+    assert ours.keys() == released.keys()
+    for name, expected in released.items():
+        found = ours[name]
+        assert expected is not None, name
+        assert found is not None, name
+        limit = 1e-3 * max(expected.abs().max().item(), 1e-3)  # rounding adds up through the depth
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=limit, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -16,8 +16,9 @@ the expert is, borders and clamped taps included, for every s,
     E(z)_o = sum_ab D_a D'_b act(bias_o + sum_uvi k_oiuv R_u z_i C_v^T)_ab.
 
 The scale enters by constant matrices whose sizes do not depend on it. They are gathered for each map by its
-gate together with k and bias, and three batched products give all maps their own expert at once. If act is
-the identity, D moves into R and C, and m = 1 serves every scale: a 3 x 3 convolution of resampled tokens.
+gate together with k and bias, and three batched products give all maps their own expert at once. R and C are
+banded, so long axes are cut into tiles with margins. If act is the identity, D moves into R and C, and m = 1
+serves every scale: a 3 x 3 convolution of resampled tokens.
 """
 
 import math
@@ -31,7 +32,26 @@ from torch import Tensor, nn
 
 Activation = Literal["gelu", "identity"]
 Interpolation = Literal["bicubic", "bilinear"]
+Kind = tuple[tuple[int, ...], Interpolation, Activation]
+TILE = 16  # tokens; a longer axis is cut into tiles, since most entries of its matrices would be zero
+MARGIN = 3  # tokens that an output can reach beyond its own, at scale 2; others reach 2
 POINTS = {"bicubic": 4, "bilinear": 2}  # fine points per axis that down-sampling by an even scale reads
+
+
+class Axis(NamedTuple):
+    """The constant matrices of one axis, for each of e experts and t tiles of h tokens.
+
+    Attributes:
+        tokens: which tokens a tile reads, margins included [t, g].
+        rows: all R_u side by side [e, t, m h, 3 g].
+        cols: all R_u one below the other [e, t, 3 m h, g].
+        points: D [e, t, m, h].
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    cols: Tensor
+    points: Tensor
 
 
 class ConvExperts(nn.Module):
@@ -74,23 +94,22 @@ class ConvExperts(nn.Module):
         """
         n, h, w, r = z.shape
         k = choice.shape[1]
+        kind = (self.scales, self.interpolation, self.activation)
         with torch.autocast(z.device.type, enabled=False):
-            maps = z.float().repeat_interleave(k, dim=0) if k > 1 else z.float()
+            y, x = axis_of(h, *kind, z.device), axis_of(w, *kind, z.device)
+            tiles = cut(z.float().repeat_interleave(k, dim=0) if k > 1 else z.float(), y, x)
+            places = len(tiles) // (n * k)
             out = RoutedExperts.apply(
-                maps,
-                self.weight,
-                self.bias,
-                choice.flatten(),
-                self.scales,
-                self.interpolation,
-                self.activation,
+                tiles, self.weight, self.bias, choice.flatten().repeat(places), (h, w), *kind
             )
-            mixed: Tensor = (out.view(n, k, h, w, r) * gates.float().view(n, k, 1, 1, 1)).sum(dim=1)
+            mixed: Tensor = (paste(out, y, x).view(n, k, h, w, r) * gates.float().view(n, k, 1, 1, 1)).sum(
+                dim=1
+            )
         return mixed.to(z.dtype)
 
 
 class RoutedExperts(torch.autograd.Function):
-    """Each map's own expert; the names are the module docstring's."""
+    """Each tile's own expert; the names are the module docstring's."""
 
     @staticmethod
     def forward(
@@ -99,35 +118,36 @@ class RoutedExperts(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         choice: Tensor,
+        size: tuple[int, int],
         scales: tuple[int, ...],
         interpolation: Interpolation,
         activation: Activation,
     ) -> Tensor:
-        """Return maps [n, h, w, r].
+        """Return the tiles without their margins [n, h, w, r].
 
         Args:
             ctx: for the backward pass.
-            z: maps [n, h, w, r].
+            z: tiles as `cut` makes them [n, h + margins, w + margins, r].
             weight: of the experts [e, r, r, 3, 3].
             bias: of the experts [e, r].
-            choice: expert of each map [n].
+            choice: expert of each tile [n].
+            size: height and width of the maps that were cut.
             scales: of the experts.
             interpolation: up to the fine grid and back.
             activation: between convolution and down-sampling.
         """
-        n, h, w, r = z.shape
-        y, x = (axis_of(scales, size, interpolation, activation, z.device) for size in (h, w))
-        m = y.points.shape[1]
-        columns = sample_columns(z, x.cols[choice])
-        convolved = torch.bmm(kernels(weight, choice), columns)
-        convolved = convolved.view(n, 3, r, h, m * w).transpose(2, 3).reshape(n, 3 * h, r * m * w)
-        before = torch.bmm(y.rows[choice], convolved).view(n, m, h, r, m, w)
+        kind = (scales, interpolation, activation)
+        rows, row_points, cols, col_points = gather_tables(choice, size, kind)
+        (n, m, h), w, r = row_points.shape, col_points.shape[2], z.shape[3]
+        convolved = torch.bmm(kernels(weight, choice), sample_columns(z, cols))
+        convolved = convolved.view(n, 3, r, -1, m * w).transpose(2, 3).reshape(n, -1, r * m * w)
+        before = torch.bmm(rows, convolved).view(n, m, h, r, m, w)
         before += bias[choice][:, None, None, :, None, None]
         after = F.gelu(before) if activation == "gelu" else before
         if m > 1:
-            after = (after * y.points[choice][..., None, None, None]).sum(dim=1)
-            after = (after * x.points[choice][:, None, None]).sum(dim=3)
-        ctx.tables = (scales, interpolation, activation)
+            after = (after * row_points[..., None, None, None]).sum(dim=1)
+            after = (after * col_points[:, None, None]).sum(dim=3)
+        ctx.size, ctx.kind = size, kind
         ctx.save_for_backward(z, weight, choice, before)
         return after.reshape(n, h, r, w).transpose(2, 3)
 
@@ -135,28 +155,52 @@ class RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of z, weight and bias; the columns are sampled again."""
         z, weight, choice, before = ctx.saved_tensors
-        scales, interpolation, activation = ctx.tables
-        n, h, w, r = z.shape
-        y, x = (axis_of(scales, size, interpolation, activation, z.device) for size in (h, w))
-        m = y.points.shape[1]
+        n, m, h, r, _, w = before.shape
         with torch.autocast(z.device.type, enabled=False):
+            rows, row_points, cols, col_points = gather_tables(choice, ctx.size, ctx.kind)
             d = grad.transpose(2, 3).reshape(n, 1, h, r, 1, w)
             if m > 1:
-                d = d * x.points[choice][:, None, None, None] * y.points[choice][..., None, None, None]
-            if activation == "gelu":
+                d = d * col_points[:, None, None, None] * row_points[..., None, None, None]
+            if ctx.kind[2] == "gelu":
                 d = torch.ops.aten.gelu_backward(d, before)
-            d_convolved = torch.bmm(y.rows[choice].transpose(1, 2), d.reshape(n, m * h, r * m * w))
-            d_convolved = d_convolved.view(n, 3, h, r, m * w).transpose(2, 3).reshape(n, 3 * r, h * m * w)
-            sampling = x.cols[choice]
-            d_kernels = torch.bmm(d_convolved, sample_columns(z, sampling).transpose(1, 2))
+            d_convolved = torch.bmm(rows.transpose(1, 2), d.reshape(n, m * h, r * m * w))
+            d_convolved = d_convolved.view(n, 3, -1, r, m * w).transpose(2, 3).reshape(n, 3 * r, -1)
+            d_kernels = torch.bmm(d_convolved, sample_columns(z, cols).transpose(1, 2))
             d_columns = torch.bmm(kernels(weight, choice).transpose(1, 2), d_convolved)
-            d_columns = d_columns.view(n, r, 3, h, m * w).transpose(2, 3).reshape(n, r * h, 3 * m * w)
-            d_z = torch.bmm(d_columns, sampling).view(n, r, h, w).permute(0, 2, 3, 1)
-            # a product with the routing sums over maps in a fixed order, unlike a scatter on a GPU
+            d_columns = d_columns.view(n, r, 3, -1, m * w).transpose(2, 3).reshape(n, -1, 3 * m * w)
+            d_z = torch.bmm(d_columns, cols).view(n, r, *z.shape[1:3]).permute(0, 2, 3, 1)
+            # a product with the routing sums over tiles in a fixed order, unlike a scatter on a GPU
             routing = (choice == torch.arange(len(weight), device=z.device)[:, None]).to(z.dtype)
             d_weight = (routing @ d_kernels.flatten(1)).view(-1, 3, r, r, 3).permute(0, 2, 3, 1, 4)
             d_bias = routing @ d.sum(dim=(1, 2, 4, 5))
-        return d_z, d_weight, d_bias, None, None, None, None
+        return d_z, d_weight, d_bias, None, None, None, None, None
+
+
+def cut(z: Tensor, y: Axis, x: Axis) -> Tensor:
+    """Cut maps [n, h, w, r] into overlapping tiles, those of the same place side by side."""
+    if len(y.tokens) == len(x.tokens) == 1:
+        return z
+    tiles = z.index_select(1, y.tokens.flatten()).index_select(2, x.tokens.flatten())
+    tiles = tiles.view(len(z), *y.tokens.shape, *x.tokens.shape, -1)
+    return tiles.permute(1, 3, 0, 2, 4, 5).flatten(0, 2)
+
+
+def paste(tiles: Tensor, y: Axis, x: Axis) -> Tensor:
+    """Put tiles without margins together to maps."""
+    if len(y.tokens) == len(x.tokens) == 1:
+        return tiles
+    _, h, w, r = tiles.shape
+    grid = tiles.view(len(y.tokens), len(x.tokens), -1, h, w, r).permute(2, 0, 3, 1, 4, 5)
+    return grid.reshape(-1, len(y.tokens) * h, len(x.tokens) * w, r)
+
+
+def gather_tables(choice: Tensor, size: tuple[int, int], kind: Kind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return R, D, C and D' of each tile, by its expert and its place in the map."""
+    y, x = (axis_of(side, *kind, choice.device) for side in size)
+    places = len(y.tokens) * len(x.tokens)
+    place = torch.arange(places, device=choice.device).repeat_interleave(len(choice) // places)
+    row, col = place // len(x.tokens), place % len(x.tokens)
+    return y.rows[choice, row], y.points[choice, row], x.cols[choice, col], x.points[choice, col]
 
 
 def sample_columns(z: Tensor, cols: Tensor) -> Tensor:
@@ -172,36 +216,22 @@ def kernels(weight: Tensor, choice: Tensor) -> Tensor:
     return weight[choice].permute(0, 3, 1, 2, 4).reshape(-1, 3 * r, r * 3)
 
 
-class Axis(NamedTuple):
-    """The constant matrices of one axis of h tokens, for each of e experts.
-
-    Attributes:
-        rows: [e, m h, 3 h], all R_u side by side.
-        cols: [e, 3 m h, h], all R_u one below the other.
-        points: [e, m, h], D.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    points: Tensor
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def axis_of(
-    scales: tuple[int, ...],
     size: int,
+    scales: tuple[int, ...],
     interpolation: Interpolation,
     activation: Activation,
     device: torch.device,
 ) -> Axis:
     """Return the matrices of an axis of `size` tokens, made once."""
-    return _read_off(scales, size, interpolation, activation, device)
+    return _read_off(size, scales, interpolation, activation, device)
 
 
 @cache
 def _read_off(
-    scales: tuple[int, ...],
     size: int,
+    scales: tuple[int, ...],
     interpolation: Interpolation,
     activation: Activation,
     device: torch.device,
@@ -219,15 +249,33 @@ def _read_off(
             inside = (fine >= 0) & (fine < scale * size)
             fine = fine.clamp(0, scale * size - 1)
             up = resampling(size, scale * size, interpolation)[fine] * inside[..., None]
-            r = torch.stack([up[:, u : u + kept] for u in range(3)])  # [3, h, kept, h]
+            r = torch.stack([up[:, u : u + kept] for u in range(3)])  # [3, size, kept, size]
             d = resampling(scale * size, size, interpolation).gather(1, fine[:, 1:-1]) * inside[:, 1:-1]
             if linear:
                 r, d = (d[..., None] * r).sum(dim=2, keepdim=True), torch.ones_like(d[:, :1])
-            samples.append(r.transpose(1, 2).flatten(1, 2))
+            samples.append(r.transpose(1, 2))
             points.append(d.T)
-        stacked = torch.stack(samples).float()  # [e, 3, m h, h]
-        rows = stacked.transpose(1, 2).flatten(2).to(device)
-        return Axis(rows, stacked.flatten(1, 2).to(device), torch.stack(points).float().to(device))
+        h = tile_length(size)
+        margin = MARGIN if h < size else 0
+        tokens = torch.arange(0, size, h)[:, None] + torch.arange(-margin, h + margin)
+        inside = (tokens >= 0) & (tokens < size)
+        tokens = tokens.clamp(0, size - 1)
+        whole = torch.stack(samples).view(len(scales), 3, -1, len(tokens), h, size)
+        index = tokens[:, None].expand(*whole.shape[:3], -1, h, -1)
+        tiled = (whole.gather(5, index) * inside[:, None]).float().to(device)
+        return Axis(
+            tokens.to(device),
+            tiled.permute(0, 3, 2, 4, 1, 5).flatten(4).flatten(2, 3),
+            tiled.permute(0, 3, 1, 2, 4, 5).flatten(2, 4),
+            torch.stack(points).view(len(scales), -1, len(tokens), h).transpose(1, 2).float().to(device),
+        )
+
+
+def tile_length(size: int) -> int:
+    """Return how long a tile is: an axis that is much longer than the reach of the resampling is cut."""
+    if size <= 2 * TILE:
+        return size
+    return next((length for length in range(TILE, TILE // 2, -1) if size % length == 0), size)
 
 
 def resampling(size: int, to: int, interpolation: Interpolation) -> Tensor:

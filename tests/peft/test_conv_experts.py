@@ -1,33 +1,13 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import golden
+from literal import LiteralExperts
 from torch import Tensor
 
 from convlora.peft.conv_experts import Activation, ConvExperts, Interpolation, axis_of
 
 SCALES = range(1, 17)
 GRIDS = [(14, 14), (9, 13), (1, 4), (3, 1)]
-
-
-def literal(experts: ConvExperts, index: int, maps: Tensor) -> Tensor:
-    """The expert as its definition reads, on maps [n, channels, h, w]."""
-    mode, size = experts.interpolation, maps.shape[2:]
-    fine = F.interpolate(maps, scale_factor=experts.scales[index], mode=mode)
-    fine = F.conv2d(fine, experts.weight[index], experts.bias[index], padding=1)
-    return F.interpolate(F.gelu(fine) if experts.activation == "gelu" else fine, size=size, mode=mode)
-
-
-def literal_mixture(experts: ConvExperts, z: Tensor, choice: Tensor, gates: Tensor) -> Tensor:
-    return torch.stack(
-        [
-            sum(
-                gate * literal(experts, int(index), maps[None].permute(0, 3, 1, 2))[0].permute(1, 2, 0)
-                for index, gate in zip(indices, weights, strict=True)
-            )
-            for maps, indices, weights in zip(z, choice, gates, strict=True)
-        ]
-    )
 
 
 def make(scales: range | list[int], activation: Activation, interpolation: Interpolation) -> ConvExperts:
@@ -41,7 +21,7 @@ def assert_same_function(experts: ConvExperts, z: Tensor, choice: Tensor, gates:
     """Outputs and all gradients equal the literal form's to 3e-5 of their largest value."""
     inputs = [z.requires_grad_(), gates.requires_grad_(), experts.weight, experts.bias]
     cotangent = torch.randn(z.shape)
-    found, expected = experts(z, choice, gates), literal_mixture(experts, z, choice, gates)
+    found, expected = experts(z, choice, gates), LiteralExperts(experts)(z, choice, gates)
     pairs = [(found, expected)]
     pairs += zip(
         torch.autograd.grad(found, inputs, cotangent),
@@ -74,10 +54,12 @@ def test_routed_experts_equal_literal_form(activation: Activation, top_k: int) -
         assert_same_function(experts, torch.randn(12, h, w, 3), choice, torch.rand(12, top_k))
 
 
-def test_global_grid_equals_literal_form() -> None:
-    experts = make(range(1, 9), "gelu", "bicubic")
-    choice = torch.tensor([[1], [7]])
-    assert_same_function(experts, torch.randn(2, 64, 64, 3), choice, torch.ones(2, 1))
+@pytest.mark.parametrize("activation", ["gelu", "identity"])
+@pytest.mark.parametrize("size", [(64, 64), (48, 20), (10, 45)])
+def test_global_grids_equal_literal_form(size: tuple[int, int], activation: Activation) -> None:
+    experts = make(range(1, 9), activation, "bicubic")
+    choice = torch.tensor([[1, 0], [7, 2], [3, 4]])
+    assert_same_function(experts, torch.randn(3, *size, 3), choice, torch.rand(3, 2))
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -92,14 +74,14 @@ def test_expert_equals_golden_numbers(scale: int) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_tables_keep_all_weight_of_the_resampling(interpolation: Interpolation) -> None:
-    axis = axis_of(tuple(SCALES), 5, interpolation, "gelu", torch.device("cpu"))
-    torch.testing.assert_close(axis.points.sum(dim=1), torch.ones(16, 5))
+    axis = axis_of(5, tuple(SCALES), interpolation, "gelu", torch.device("cpu"))
+    torch.testing.assert_close(axis.points.sum(dim=2), torch.ones(16, 1, 5))
 
 
 def test_work_does_not_depend_on_the_scale() -> None:
     cpu = torch.device("cpu")
     for scales in ([3], [15]), ([6], [16]):
-        small, large = (axis_of(tuple(s), 14, "bicubic", "gelu", cpu) for s in scales)
+        small, large = (axis_of(14, tuple(s), "bicubic", "gelu", cpu) for s in scales)
         assert [table.shape for table in small] == [table.shape for table in large]
 
 

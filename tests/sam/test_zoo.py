@@ -128,7 +128,7 @@ def test_activation_checkpointing_changes_memory_only(backbone: Backbone) -> Non
     plain, checkpointed = results
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+        torch.testing.assert_close(checkpointed[name], gradient, msg=lambda m, name=name: f"{name}: {m}")
     assert kept[1] < kept[0] / 2
 
 

@@ -1,0 +1,120 @@
+"""Attention with relative positions against segment-anything's: `python -m benchmarks.attention`.
+
+ViT-B's width; forward and backward. On a GPU in bfloat16, with FlexAttention as a third way. Each way's memory
+is the peak of a process of its own on a CPU, of the allocator on a GPU, less what was held before the pass.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from segment_anything.modeling.image_encoder import Attention
+from torch import Tensor, nn
+
+from benchmarks.measure import MEBIBYTE, alternate, default_device, peak_memory, ratio, report, warm_heap
+from convlora.sam import attention
+from convlora.sam.attention import RelPosAttention, folded_attention, tiled_attention
+
+DIM, HEADS = 768, 12
+GRIDS = {"25 windows of 14 x 14": (25, 14), "one 64 x 64": (1, 64)}
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """Compute `attend` by FlexAttention, which adds the positions in its kernel."""
+    from torch.nn.attention.flex_attention import flex_attention as kernel
+
+    width = rel_w.shape[-1]
+
+    def add_positions(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + rel_h[head, query, key // width] + rel_w[head, query, key % width]
+
+    compiled = torch.compile(kernel, dynamic=False)
+    return compiled(q[None], k[None], v[None], score_mod=add_positions, scale=1.0)[0]
+
+
+WAYS: dict[str, Attend | None] = {
+    "segment-anything": None,
+    "tiled": tiled_attention,
+    "folded": folded_attention,
+    "flex": flex_attention,
+}
+
+
+def ways(device: str) -> list[str]:
+    """Return the ways that make sense on a device."""
+    return (
+        ["segment-anything", "tiled", "folded"] if device == "cpu" else ["segment-anything", "folded", "flex"]
+    )
+
+
+def step(way: str, grid: str, device: str) -> Callable[[], Any]:
+    """Return one forward and backward pass of a frozen module."""
+    n, side = GRIDS[grid]
+    torch.manual_seed(0)
+    module: nn.Module = Attention(DIM, HEADS, use_rel_pos=True, input_size=(side, side))
+    if WAYS[way] is not None:
+        module = RelPosAttention(module)
+    module.requires_grad_(False).to(device)
+    x = torch.randn(n, side, side, DIM, device=device, requires_grad=True)
+
+    def run() -> None:
+        attention.attend = WAYS[way] or attention.attend  # the way that the module takes
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            y = module(x)
+        y.sum().backward()
+
+    return run
+
+
+def memory(way: str, grid: str, device: str) -> float:
+    """Return what one pass adds to the memory held, MiB."""
+    if device == "cuda":
+        run = step(way, grid, device)
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_memory_of_process, (way, grid))
+
+
+def _memory_of_process(way: str, grid: str) -> float:
+    run = step(way, grid, "cpu")
+    before = peak_memory()
+    run()
+    return (peak_memory() - before) / MEBIBYTE
+
+
+def main() -> None:
+    """Measure, print the table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    device = options.device
+    warm_heap()
+    rows = []
+    for grid in GRIDS:
+        taken = alternate({way: step(way, grid, device) for way in ways(device)}, options.rounds, device)
+        held = {way: memory(way, grid, device) for way in taken}
+        for way, times in taken.items():
+            rows.append(
+                {
+                    "tokens": grid,
+                    "way": way,
+                    "ms": 1e3 * statistics.median(times),
+                    "time over segment-anything": ratio(taken, way, "segment-anything"),
+                    "MiB": held[way],
+                    "memory over segment-anything": held[way] / held["segment-anything"],
+                }
+            )
+    report("attention", f"attention, {DIM} channels, {HEADS} heads, forward and backward", rows, device)
+
+
+if __name__ == "__main__":
+    main()

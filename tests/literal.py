@@ -1,0 +1,88 @@
+"""The released form of what the library computes otherwise: reference in tests, rival in benchmarks."""
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import Attention
+from torch import Tensor, nn
+
+from convlora.peft.conv_experts import ConvExperts
+from convlora.sam.attention import RelPosAttention
+from convlora.sam.tiny_vit import WindowAttention
+
+
+class LiteralExperts(nn.Module):
+    """The experts as they are defined, on a grid as fine as the scale; one after another, each on the maps
+    that chose it.
+
+    Args:
+        experts: whose parameters and settings are used.
+    """
+
+    def __init__(self, experts: ConvExperts):
+        super().__init__()
+        self.weight = experts.weight
+        self.bias = experts.bias
+        self.scales = experts.scales
+        self.activation = experts.activation
+        self.interpolation = experts.interpolation
+
+    def forward(self, z: Tensor, choice: Tensor, gates: Tensor) -> Tensor:
+        maps = z.permute(0, 3, 1, 2)
+        mixed = torch.zeros_like(maps)
+        for index in range(len(self.scales)):
+            rows, ranks = (choice == index).nonzero(as_tuple=True)
+            if len(rows):
+                out = self.expert(index, maps[rows]) * gates[rows, ranks, None, None, None].to(maps.dtype)
+                mixed = mixed.index_add(0, rows, out.to(mixed.dtype))
+        return mixed.permute(0, 2, 3, 1)
+
+    def expert(self, index: int, maps: Tensor) -> Tensor:
+        """Apply one expert to maps [n, channels, h, w]."""
+        mode, size = self.interpolation, maps.shape[2:]
+        fine = F.interpolate(maps, scale_factor=self.scales[index], mode=mode)
+        fine = F.conv2d(fine, self.weight[index], self.bias[index], padding=1)
+        return F.interpolate(F.gelu(fine) if self.activation == "gelu" else fine, size=size, mode=mode)
+
+
+class EagerWindowAttention(nn.Module):
+    """MobileSAM's attention of a window, with its matrix; parts as of the library's module."""
+
+    def __init__(self, attention: WindowAttention):
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.norm = attention.norm
+        self.qkv = attention.qkv
+        self.proj = attention.proj
+        self.attention_biases = attention.attention_biases
+        self.register_buffer("attention_bias_idxs", attention.attention_bias_idxs, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, l, c = x.shape  # noqa: E741
+        q, k, v = self.qkv(self.norm(x)).view(n, l, self.num_heads, 3, -1).permute(3, 0, 2, 1, 4)
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+        scores = scores + self.attention_biases[:, self.attention_bias_idxs]
+        return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(n, l, c))
+
+
+def eager_attention(attention: RelPosAttention) -> Attention:
+    """segment-anything's own module around the same parts."""
+    size = [(len(table) + 1) // 2 for table in (attention.rel_pos_h, attention.rel_pos_w)]
+    dim = attention.proj.in_features
+    with torch.device("meta"):
+        eager = Attention(dim, attention.num_heads, use_rel_pos=True, input_size=tuple(size))
+    eager.qkv, eager.proj = attention.qkv, attention.proj
+    eager.rel_pos_h, eager.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
+    return eager
+
+
+def as_released(encoder: nn.Module) -> nn.Module:
+    """Turn an encoder, in place, into the released form of the same function."""
+    swaps = {
+        ConvExperts: LiteralExperts,
+        RelPosAttention: eager_attention,
+        WindowAttention: EagerWindowAttention,
+    }
+    for name, module in list(encoder.named_modules()):
+        if type(module) in swaps:
+            encoder.set_submodule(name, swaps[type(module)](encoder.get_submodule(name)))
+    return encoder
