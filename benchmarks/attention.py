@@ -1,7 +1,7 @@
 """Attention with relative positions against segment-anything's: `python -m benchmarks.attention`.
 
-ViT-B's width; forward and backward. On a GPU in bfloat16, with FlexAttention as a third way. Each way's memory
-is the peak of a process of its own on a CPU, of the allocator on a GPU, less what was held before the pass.
+ViT-B's width; forward and backward. On a GPU in bfloat16, with FlexAttention as a third way. Each way's
+memory is the peak of a process of its own on a CPU, of the allocator on a GPU, less what was held before.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import torch
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
-from benchmarks.measure import MEBIBYTE, alternate, default_device, peak_memory, ratio, report, warm_heap
+from benchmarks import measure
+from benchmarks.measure import MEBIBYTE, alternate, default_device, ratio, report, warm_heap
 from convlora.sam import attention
 from convlora.sam.attention import RelPosAttention, folded_attention, tiled_attention
 
@@ -85,9 +86,9 @@ def memory(way: str, grid: str, device: str) -> float:
 
 def _memory_of_process(way: str, grid: str) -> float:
     run = step(way, grid, "cpu")
-    before = peak_memory()
+    before = measure.memory("VmRSS")
     run()
-    return (peak_memory() - before) / MEBIBYTE
+    return measure.memory("VmHWM") - before
 
 
 def main() -> None:
