@@ -16,11 +16,13 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from convlora.data.cache import CachedRead
 from convlora.data.samples import (
     Batch,
     EpochSampler,
     EvalSamples,
     Pair,
+    Read,
     Sample,
     TrainSamples,
     collate,
@@ -52,6 +54,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         num_workers: loader processes per device; 0 loads in the main process.
         seed: of order and augmentation in training.
         threshold: foreground is above it; None for masks that are binary as they are.
+        cache: keeps the training images decoded and resized, `ram` in memory or else in the folder so named;
+            the resize then comes before the augmentation instead of after it. None reads the files each time.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         num_workers: int = 2,
         seed: int = 0,
         threshold: int | None = None,
+        cache: str | None = None,
     ):
         super().__init__()
         if len(class_names) != 1:
@@ -81,6 +86,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.threshold = threshold
+        self.cache = cache
         self._listed: dict[Split, list[Pair]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,7 +133,10 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the shuffled and augmented training images."""
         pairs, names = self.listed("train"), self.names("train")
-        samples = TrainSamples(pairs, names, self.resize, self.augment, self.read)
+        read: Read = self.read
+        if self.cache is not None:
+            read = CachedRead(pairs, self.read, self.resize, self.cache, self.threshold)
+        samples = TrainSamples(pairs, names, self.resize, self.augment, read)
         return self._loader(samples, EpochSampler(len(samples), self.seed, *self._rank()))
 
     def val_dataloader(self) -> DataLoader[Sample]:

@@ -25,6 +25,7 @@ class Polyp(SegmentationDataModule):
         num_workers: see there.
         seed: see there.
         threshold: see there.
+        cache: see there.
     """
 
     def __init__(
@@ -39,8 +40,11 @@ class Polyp(SegmentationDataModule):
         num_workers: int = 2,
         seed: int = 0,
         threshold: int | None = None,
+        cache: str | None = None,
     ):
-        super().__init__(name, root, class_names, resize, augment, batch_size, num_workers, seed, threshold)
+        super().__init__(
+            name, root, class_names, resize, augment, batch_size, num_workers, seed, threshold, cache
+        )
         self.test_csv = test_csv
 
     def pairs(self, split: Split) -> list[Pair]:

@@ -23,7 +23,10 @@ class Resize(Protocol):
         """Side of the square, px."""
 
     def steps(self) -> list[A.BasicTransform]:
-        """Return the transforms for uint8 [h, w, 3] -> float32 [image_size, image_size, 3]."""
+        """Return the transforms for uint8 [h, w, 3] -> float32 [image_size, image_size, 3].
+
+        The first alone changes the scale, and leaves what has it already as it is.
+        """
 
     def content(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width of the area, at the top left of the square, that the image fills."""
