@@ -1,7 +1,7 @@
 """Prediction without gradients, images per second: `python -m benchmarks.predict`.
 
-From normalised images to 8-bit maps of the images' size, as `convlora.predict` computes them; files are neither
-read nor written. `released` is the released form of the same model.
+From normalised images to 8-bit maps of the images' size, as `convlora.predict` computes them; files are
+neither read nor written. `released` is the released form of the same model.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL, Commands
 from PIL import Image
 from safetensors.torch import load_file
 
-from convlora import train
+from convlora import predict, train
 
 QUIET = (*SMALL, "logger=csv")
 Weights = dict[str, torch.Tensor]
@@ -331,3 +331,44 @@ def test_tensorboard_is_an_option(cli: Commands) -> None:
     assert done.code == 0, done.err
     assert list(Path("run/tensorboard").glob("events.*"))
     assert Path("run/metrics.csv").is_file()
+
+
+def test_frozen_weights_in_half_precision_need_half_precision_training(cli: Commands) -> None:
+    done = cli(train, *QUIET, "model.frozen_dtype=bfloat16")
+    assert done.code == 1
+    assert "model.frozen_dtype=bfloat16 does not go with trainer.precision=32-true" in done.err
+    assert "set trainer.precision=bf16-mixed" in done.err
+
+
+def test_memory_savers_train_and_their_adapters_predict(cli: Commands) -> None:
+    done = cli(
+        train,
+        *QUIET,
+        "run_dir=run",
+        "trainer.max_epochs=1",
+        "trainer.precision=bf16-mixed",
+        "model.frozen_dtype=bfloat16",
+        "model.activation_checkpointing=true",
+        "peft.blocks=[-1]",
+    )
+    assert done.code == 0, done.err
+    state = load_file("run/adapter.safetensors")
+    assert all("blocks.1." in name for name in state if name.startswith("image_encoder"))
+    Image.new("RGB", (40, 30)).save("image.png")
+    for precision in ("bf16-mixed", "32-true"):
+        options = ("input=image.png", f"output={precision}", f"precision={precision}", "num_workers=0")
+        done = cli(predict, "checkpoint=run/adapter.safetensors", *options)
+        assert done.code == 0, done.err
+        assert Path(precision, "image.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_compiled_encoder_trains_the_same_tensors(cli: Commands) -> None:
+    assert cli(train, *QUIET, "run_dir=eager", "trainer.max_epochs=1").code == 0
+    short = ("trainer.max_epochs=1", "+trainer.limit_val_batches=1", "trainer.num_sanity_val_steps=0")
+    done = cli(train, *QUIET, *short, "run_dir=run", "compile=true")
+    assert done.code == 0, done.err
+    compiled, eager = weights("run"), weights("eager")
+    assert compiled.keys() == eager.keys()
+    assert all(torch.isfinite(value).all() for value in compiled.values())

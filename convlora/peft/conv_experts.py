@@ -97,7 +97,7 @@ class ConvExperts(nn.Module):
         kind = (self.scales, self.interpolation, self.activation)
         with torch.autocast(z.device.type, enabled=False):
             y, x = axis_of(h, *kind, z.device), axis_of(w, *kind, z.device)
-            tiles = cut(z.float().repeat_interleave(k, dim=0) if k > 1 else z.float(), y, x)
+            tiles = cut(z.float()[:, None].expand(-1, k, -1, -1, -1).flatten(0, 1), y, x)
             places = len(tiles) // (n * k)
             out = RoutedExperts.apply(
                 tiles, self.weight, self.bias, choice.flatten().repeat(places), (h, w), *kind
@@ -198,7 +198,7 @@ def gather_tables(choice: Tensor, size: tuple[int, int], kind: Kind) -> tuple[Te
     """Return R, D, C and D' of each tile, by its expert and its place in the map."""
     y, x = (axis_of(side, *kind, choice.device) for side in size)
     places = len(y.tokens) * len(x.tokens)
-    place = torch.arange(places, device=choice.device).repeat_interleave(len(choice) // places)
+    place = torch.arange(len(choice), device=choice.device) // (len(choice) // places)
     row, col = place // len(x.tokens), place % len(x.tokens)
     return y.rows[choice, row], y.points[choice, row], x.cols[choice, col], x.points[choice, col]
 

@@ -5,6 +5,7 @@ and R_w hold the learnt embeddings of the offsets between rows and between colum
 2022, arXiv:2112.01526). The two terms beside the first are small: [tokens, rows] and [tokens, columns].
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,18 +91,24 @@ def folded_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tens
     which flash kernels demand.
     """
     h, w, d = rel_h.shape[-1], rel_w.shape[-1], v.shape[-1]
-    index = torch.arange(h * w, device=k.device)
-    position = torch.cat(
-        [
-            (index[:, None] // w == torch.arange(h, device=k.device)),
-            (index[:, None] % w == torch.arange(w, device=k.device)),
-        ],
-        dim=1,
-    )
+    position = position_of_keys(h, w, k.device).to(k.dtype)
     q = torch.cat([q, rel_h, rel_w], dim=-1)
-    k = torch.cat([k, position.to(k.dtype).expand(len(k), -1, -1)], dim=-1)
+    k = torch.cat([k, position.expand(len(k), -1, -1)], dim=-1)
     v = F.pad(v, (0, h + w))
     return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0, ..., :d]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def position_of_keys(h: int, w: int, device: torch.device) -> Tensor:
+    """Return each token's row and column as one-hot vectors side by side [h w, h + w], made once."""
+    return _position_of_keys(h, w, device)
+
+
+@cache
+def _position_of_keys(h: int, w: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept for training, wherever it is made
+        row, col = torch.eye(h).repeat_interleave(w, dim=0), torch.eye(w).repeat(h, 1)
+        return torch.cat([row, col], dim=1).to(device)
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
