@@ -116,16 +116,16 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tenso
 
     On a CPU this is faster than the fused kernel, whose product above is 2 to 3 times as wide as the queries.
     """
-    n, tokens, _ = q.shape
+    tokens = q.shape[1]
     queries = max(1, min(tokens, TILE // tokens))
     heads = max(1, TILE // (queries * tokens))
     strips = []
-    for i in (slice(start, start + heads) for start in range(0, n, heads)):
-        tiles = [
-            Tile.apply(q[i, j], k[i], v[i], rel_h[i, j], rel_w[i, j])
-            for j in (slice(start, start + queries) for start in range(0, tokens, queries))
-        ]
-        strips.append(torch.cat(tiles, dim=1))
+    # split, unlike slices, puts the gradients of the parts together at once
+    for q_strip, k_strip, v_strip, *rel in zip(
+        *(torch.split(t, heads) for t in (q, k, v, rel_h, rel_w)), strict=True
+    ):
+        tiles = zip(*(torch.split(t, queries, dim=1) for t in (q_strip, *rel)), strict=True)
+        strips.append(torch.cat([Tile.apply(i, k_strip, v_strip, *r) for i, *r in tiles], dim=1))
     return torch.cat(strips)
 
 
