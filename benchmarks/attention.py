@@ -24,17 +24,19 @@ GRIDS = {"25 windows of 14 x 14": (25, 14), "one 64 x 64": (1, 64)}
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
     """Compute `attend` by FlexAttention, which adds the positions in its kernel."""
     from torch.nn.attention.flex_attention import flex_attention as kernel
 
+    rel_h, rel_w = (t.flatten(1, 2) for t in attention.relative_scores(q, row_table, col_table))
     width = rel_w.shape[-1]
 
     def add_positions(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + rel_h[head, query, key // width] + rel_w[head, query, key % width]
 
+    flat = (t.flatten(1, 2)[None] for t in (q, k, v))
     compiled = torch.compile(kernel, dynamic=False)
-    return compiled(q[None], k[None], v[None], score_mod=add_positions, scale=1.0)[0]
+    return compiled(*flat, score_mod=add_positions)[0].view(q.shape)
 
 
 WAYS: dict[str, Attend | None] = {

@@ -31,7 +31,6 @@ class RelPosAttention(nn.Module):
     def __init__(self, attention: Attention):
         super().__init__()
         self.num_heads = attention.num_heads
-        self.scale = attention.scale
         self.qkv = attention.qkv
         self.proj = attention.proj
         self.rel_pos_h = attention.rel_pos_h
@@ -49,12 +48,13 @@ class RelPosAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens [n, h, w, c] to [n, h, w, c]; other sizes than the built one resample the offsets."""
         n, h, w, _ = x.shape
-        qkv = self.qkv(x).reshape(n, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.flatten(1, 2).unbind()  # [n heads, h w, d]
-        grid = q.view(-1, h, w, q.shape[-1])
-        rel_h = torch.einsum("nhwc,hkc->nhwk", grid, self._table(self.rel_pos_h, self.row_table, h))
-        rel_w = torch.einsum("nhwc,wkc->nhwk", grid, self._table(self.rel_pos_w, self.col_table, w))
-        attended = attend(q * self.scale, k, v, rel_h.flatten(1, 2), rel_w.flatten(1, 2))
+        qkv = self.qkv(x).reshape(n, h, w, 3, self.num_heads, -1).permute(3, 0, 4, 1, 2, 5)
+        q, k, v = qkv.flatten(1, 2).unbind()  # [n heads, h, w, d]
+        tables = (
+            self._table(self.rel_pos_h, self.row_table, h),
+            self._table(self.rel_pos_w, self.col_table, w),
+        )
+        attended = attend(q, k, v, *(table.to(q.dtype) for table in tables))
         attended = attended.view(n, self.num_heads, h, w, -1).permute(0, 2, 3, 1, 4).flatten(3)
         out: Tensor = self.proj(attended)
         return out
@@ -69,94 +69,113 @@ def _prepare_again(module: RelPosAttention, _: object) -> None:
     module.prepare()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """Return softmax(q k^T + rel_h + rel_w) v, in the way that suits the device.
+def attend(q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
+    """Let queries attend to all keys with relative positions, in the way that suits the device.
 
     Args:
-        q: scaled queries [n, h w, d].
-        k: keys [n, h w, d].
-        v: values [n, h w, d].
-        rel_h: score of each query with each row [n, h w, h].
-        rel_w: score of each query with each column [n, h w, w].
+        q: queries [n, h, w, d].
+        k: keys [n, h, w, d].
+        v: values [n, h, w, d].
+        row_table: embedding of the offset between each two rows [h, h, d].
+        col_table: embedding of the offset between each two columns [w, w, d].
+
+    Returns:
+        What the queries attend to, [n, h, w, d].
     """
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        return tiled_attention(q, k, v, rel_h, rel_w)
-    return folded_attention(q, k, v, rel_h, rel_w)
+        return tiled_attention(q, k, v, row_table, col_table)
+    return folded_attention(q, k, v, row_table, col_table)
 
 
-def folded_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+def relative_scores(q: Tensor, row_table: Tensor, col_table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the score of queries [n, y, w, d] with each row [n, y, w, h] and each column [n, y, w, w]."""
+    return torch.einsum("nywc,yhc->nywh", q, row_table), torch.einsum("nywc,wxc->nywx", q, col_table)
+
+
+def folded_attention(q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
     """Compute `attend` by a fused kernel, with one product for all three terms.
 
-    [q, rel_h, rel_w] . [k, onehot(y'), onehot(x')] is the score. The values are padded to the same width,
-    which flash kernels demand.
+    [scale q, rel_h, rel_w] . [k, onehot(y'), onehot(x')] is the score. The values are padded to the same
+    width, which flash kernels demand.
     """
-    h, w, d = rel_h.shape[-1], rel_w.shape[-1], v.shape[-1]
-    position = position_of_keys(h, w, k.device).to(k.dtype)
-    q = torch.cat([q, rel_h, rel_w], dim=-1)
-    k = torch.cat([k, position.expand(len(k), -1, -1)], dim=-1)
-    v = F.pad(v, (0, h + w))
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0, ..., :d]
+    n, h, w, d = q.shape
+    rel_h, rel_w = relative_scores(q, row_table, col_table)
+    position = [t.to(k.dtype).expand(n, -1, -1, -1) for t in position_of_keys(h, w, k.device)]
+    q = torch.cat([q * d**-0.5, rel_h, rel_w], dim=-1).flatten(1, 2)
+    k = torch.cat([k, *position], dim=-1).flatten(1, 2)
+    v = F.pad(v, (0, h + w)).flatten(1, 2)
+    attended = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)
+    return attended[0, ..., :d].unflatten(1, (h, w))  # type: ignore[no-untyped-call, no-any-return]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def position_of_keys(h: int, w: int, device: torch.device) -> Tensor:
-    """Return each token's row and column as one-hot vectors side by side [h w, h + w], made once."""
+def position_of_keys(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the row [h, w, h] and the column [h, w, w] of each token as one-hot vectors, made once."""
     return _position_of_keys(h, w, device)
 
 
 @cache
-def _position_of_keys(h: int, w: int, device: torch.device) -> Tensor:
+def _position_of_keys(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # kept for training, wherever it is made
-        row, col = torch.eye(h).repeat_interleave(w, dim=0), torch.eye(w).repeat(h, 1)
-        return torch.cat([row, col], dim=1).to(device)
+        row, col = torch.eye(h, device=device), torch.eye(w, device=device)
+        return row[:, None].expand(h, w, h).contiguous(), col.expand(h, w, w).contiguous()
 
 
-def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
     """Compute `attend` tile by tile of scores, which the backward pass computes again.
 
     On a CPU this is faster than the fused kernel, whose product above is 2 to 3 times as wide as the queries.
     """
-    tokens = q.shape[1]
-    queries = max(1, min(tokens, TILE // tokens))
-    heads = max(1, TILE // (queries * tokens))
+    _, h, w, _ = q.shape
+    rows = max(1, min(h, TILE // (h * w * w)))
+    heads = max(1, TILE // (rows * w * h * w))
     strips = []
     # split, unlike slices, puts the gradients of the parts together at once
-    for q_strip, k_strip, v_strip, *rel in zip(
-        *(torch.split(t, heads) for t in (q, k, v, rel_h, rel_w)), strict=True
-    ):
-        tiles = zip(*(torch.split(t, queries, dim=1) for t in (q_strip, *rel)), strict=True)
-        strips.append(torch.cat([Tile.apply(i, k_strip, v_strip, *r) for i, *r in tiles], dim=1))
+    for strip, k_strip, v_strip in zip(*(torch.split(t, heads) for t in (q, k, v)), strict=True):
+        tiles = zip(torch.split(strip, rows, dim=1), torch.split(row_table, rows), strict=True)
+        done = [Tile.apply(tile, k_strip, v_strip, table, col_table) for tile, table in tiles]
+        strips.append(torch.cat(done, dim=1))
     return torch.cat(strips)
 
 
 class Tile(torch.autograd.Function):
-    """`attend` of some queries; keeps its inputs only."""
+    """`attend` for some rows of queries; keeps its inputs only."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-        """Return what the queries [n, l, d] attend to, [n, l, d]."""
-        ctx.save_for_backward(q, k, v, rel_h, rel_w)
-        return torch.bmm(Tile.weights(q, k, rel_h, rel_w), v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
+        """Return what the queries [n, y, w, d] attend to; `row_table` is that of their rows [y, h, d]."""
+        ctx.save_for_backward(q, k, v, row_table, col_table)
+        return torch.bmm(Tile.weights(q, k, row_table, col_table), v.flatten(1, 2)).view(q.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of all inputs."""
-        q, k, v, rel_h, rel_w = ctx.saved_tensors
-        weights = Tile.weights(q, k, rel_h, rel_w)
-        d_v = torch.bmm(weights.transpose(1, 2), grad)
-        d_weights = torch.bmm(grad, v.transpose(1, 2))
+        q, k, v, row_table, col_table = ctx.saved_tensors
+        n, y, w, d = q.shape
+        flat = grad.reshape(n, y * w, d)
+        weights = Tile.weights(q, k, row_table, col_table)
+        d_v = torch.bmm(weights.transpose(1, 2), flat).view(v.shape)
+        d_weights = torch.bmm(flat, v.flatten(1, 2).transpose(1, 2))
         d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        d_grid = d_scores.view(*rel_h.shape, rel_w.shape[2])
-        d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q)
-        return d_q, d_k, d_v, d_grid.sum(dim=3), d_grid.sum(dim=2)
+        grid = d_scores.view(n, y, w, *k.shape[1:3])
+        d_rel_h, d_rel_w = grid.sum(dim=4), grid.sum(dim=3)
+        d_q = torch.bmm(d_scores, k.flatten(1, 2)).view(q.shape) * d**-0.5
+        d_q += torch.einsum("nywh,yhc->nywc", d_rel_h, row_table)
+        d_q += torch.einsum("nywx,wxc->nywc", d_rel_w, col_table)
+        d_k = torch.bmm(d_scores.transpose(1, 2), q.flatten(1, 2) * d**-0.5).view(k.shape)
+        d_row_table = torch.einsum("nywh,nywc->yhc", d_rel_h, q) if ctx.needs_input_grad[3] else None
+        d_col_table = torch.einsum("nywx,nywc->wxc", d_rel_w, q) if ctx.needs_input_grad[4] else None
+        return d_q, d_k, d_v, d_row_table, d_col_table
 
     @staticmethod
-    def weights(q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-        """Return the softmax of the scores, [n, l, keys]."""
-        scores = torch.bmm(q, k.transpose(1, 2))
-        grid = scores.view(*rel_h.shape, rel_w.shape[2])
+    def weights(q: Tensor, k: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
+        """Return the softmax of the scores [n, y w, h w]."""
+        n, y, w, d = q.shape
+        rel_h, rel_w = relative_scores(q, row_table, col_table)
+        scores = torch.bmm(q.flatten(1, 2) * d**-0.5, k.flatten(1, 2).transpose(1, 2))
+        grid = scores.view(n, y, w, *k.shape[1:3])
         grid += rel_h[..., None]
-        grid += rel_w[:, :, None]
+        grid += rel_w[..., None, :]
         return scores.softmax(dim=-1)
 
 
