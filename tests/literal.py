@@ -1,5 +1,7 @@
 """The released form of what the library computes otherwise: reference in tests, rival in benchmarks."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 from convlora.peft.conv_experts import ConvExperts
 from convlora.sam.attention import RelPosAttention
-from convlora.sam.tiny_vit import WindowAttention
+from convlora.sam.tiny_vit import TinyViTEncoder, WindowAttention
 
 
 class LiteralExperts(nn.Module):
@@ -64,6 +66,16 @@ class EagerWindowAttention(nn.Module):
         return self.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(n, l, c))
 
 
+def unfolded_norm(folded: nn.Conv2d) -> nn.Module:
+    """MobileSAM's pair of a convolution and its batch norm; neck and mask decoder have none."""
+    if folded.bias is None:
+        return folded
+    norm = nn.BatchNorm2d(folded.out_channels, eps=0).requires_grad_(False).eval()
+    norm.bias.data = folded.bias.data
+    folded.bias = None
+    return nn.Sequential(folded, norm)
+
+
 def eager_attention(attention: RelPosAttention) -> Attention:
     """segment-anything's own module around the same parts."""
     size = [(len(table) + 1) // 2 for table in (attention.rel_pos_h, attention.rel_pos_w)]
@@ -77,11 +89,13 @@ def eager_attention(attention: RelPosAttention) -> Attention:
 
 def as_released(encoder: nn.Module) -> nn.Module:
     """Turn an encoder, in place, into the released form of the same function."""
-    swaps = {
+    swaps: dict[type[nn.Module], Callable[..., nn.Module]] = {
         ConvExperts: LiteralExperts,
         RelPosAttention: eager_attention,
         WindowAttention: EagerWindowAttention,
     }
+    if isinstance(encoder, TinyViTEncoder):
+        swaps[nn.Conv2d] = unfolded_norm
     for name, module in list(encoder.named_modules()):
         if type(module) in swaps:
             encoder.set_submodule(name, swaps[type(module)](encoder.get_submodule(name)))

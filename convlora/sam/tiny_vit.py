@@ -1,16 +1,19 @@
 """TinyViT as MobileSAM's image encoder (Wu et al., ECCV 2022, arXiv:2207.10666; Zhang et al., 2023).
 
-The architecture is timm's. Three things differ: the last stage keeps stride 16, SAM's neck follows it, and
-each window attention holds its bias as one table made once.
+The architecture is timm's. Four things differ: the last stage keeps stride 16, SAM's neck follows it, each
+window attention holds its bias as one table made once, and each convolution holds the batch norm after it,
+which frozen statistics make a scale and an offset.
 """
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
-from timm.models.tiny_vit import Attention, TinyVit
+from timm.models.tiny_vit import Attention, ConvNorm, TinyVit
 from torch import Tensor, nn
 
 _HEAD = ("image_encoder.norm_head.", "image_encoder.head.")
+_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_NORM_EPS = 1e-5
 _RENAMED = (
     ("image_encoder.patch_embed.seq.0.", "image_encoder.patch_embed.conv1."),
     ("image_encoder.patch_embed.seq.2.", "image_encoder.patch_embed.conv2."),
@@ -48,8 +51,11 @@ class WindowAttention(nn.Module):
         n, l, c = x.shape  # noqa: E741
         q, k, v = self.qkv(self.norm(x)).view(n, l, self.num_heads, 3, -1).permute(3, 0, 2, 1, 4)
         learnt = self.attention_biases.requires_grad
-        bias = self.attention_biases[:, self.attention_bias_idxs] if learnt else self.bias
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        bias = (self.attention_biases[:, self.attention_bias_idxs] if learnt else self.bias).to(q.dtype)
+        if x.device.type == "cpu":  # where masks keep the fused kernel from the backward pass
+            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         out: Tensor = self.proj(x.transpose(1, 2).reshape(n, l, c))
         return out
 
@@ -77,6 +83,9 @@ class TinyViTEncoder(nn.Module):
         for stage in vit.stages[1:]:
             for block in stage.blocks:
                 block.attn = WindowAttention(block.attn)
+        for name, module in list(vit.named_modules()):
+            if isinstance(module, ConvNorm):
+                vit.set_submodule(name, module.fuse())
         self.patch_embed = vit.patch_embed
         self.stages = vit.stages
         self.neck = nn.Sequential(
@@ -99,11 +108,26 @@ class TinyViTEncoder(nn.Module):
 
 
 def convert_mobile_sam(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename MobileSAM's checkpoint to `TinyViTEncoder`'s keys; its unused ImageNet head is dropped.
+    """Bring MobileSAM's checkpoint to `TinyViTEncoder`'s keys; its unused ImageNet head is dropped.
 
     MobileSAM ends a stage with the downsampling that timm begins the next one with.
     """
-    return {_rename(key): value for key, value in state.items() if not key.startswith(_HEAD)}
+    renamed = {_rename(key): value for key, value in state.items() if not key.startswith(_HEAD)}
+    return fold_norms(renamed)
+
+
+def fold_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fold each batch norm `X.bn` into the convolution `X.conv` before it, which becomes `X`."""
+    state = dict(state)
+    for key in [key for key in state if key.endswith(".bn.running_var")]:
+        name = key.removesuffix(".bn.running_var")
+        parts = [f"{name}.{part}" for part in ("conv.weight", *(f"bn.{part}" for part in _NORM))]
+        if all(part in state for part in parts):
+            filters, weight, bias, mean, variance, _ = (state.pop(part) for part in parts)
+            scale = weight / (variance + _NORM_EPS) ** 0.5
+            state[f"{name}.weight"] = filters * scale[:, None, None, None]
+            state[f"{name}.bias"] = bias - mean * scale
+    return state
 
 
 def _rename(key: str) -> str:

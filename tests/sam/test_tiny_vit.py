@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import torch
-from timm.models.tiny_vit import Attention
+from timm.models.tiny_vit import Attention, ConvNorm
 
-from convlora.sam.tiny_vit import TinyViTEncoder, WindowAttention
+from convlora.sam.tiny_vit import TinyViTEncoder, WindowAttention, fold_norms
 from convlora.sam.zoo import MobileSam, load_backbone
 
 
@@ -23,6 +23,19 @@ def test_training_works_after_inference() -> None:
     x = torch.randn(1, 16, 12, requires_grad=True)
     attention(x).sum().backward()
     assert x.grad is not None
+
+
+def test_norms_are_folded_into_their_convolutions() -> None:
+    torch.manual_seed(0)
+    pair = ConvNorm(3, 6, ks=3, pad=1).eval()
+    for tensor in (pair.bn.weight, pair.bn.bias, pair.bn.running_mean):
+        torch.nn.init.normal_(tensor)
+    torch.nn.init.uniform_(pair.bn.running_var, 0.1, 3)
+    folded = torch.nn.Conv2d(3, 6, 3, padding=1)
+    state = fold_norms({f"x.{key}": value for key, value in pair.state_dict().items()})
+    folded.load_state_dict({key.removeprefix("x."): value for key, value in state.items()})
+    image = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(folded(image), pair(image))
 
 
 def test_last_stage_keeps_stride_16() -> None:

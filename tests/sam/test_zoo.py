@@ -268,9 +268,11 @@ def test_mobile_sam_accepts_its_checkpoint(shared: Path) -> None:
         own["image_encoder.stages.3.blocks.1.attn.qkv.weight"],
         expected["image_encoder.layers.3.blocks.1.attn.qkv.weight"],
     )
-    assert torch.equal(
-        own["image_encoder.stages.1.downsample.conv2.conv.weight"],
-        expected["image_encoder.layers.0.downsample.conv2.c.weight"],
+    downsample = "image_encoder.layers.0.downsample.conv2"
+    scale = expected[f"{downsample}.bn.weight"] / (expected[f"{downsample}.bn.running_var"] + 1e-5).sqrt()
+    torch.testing.assert_close(
+        own["image_encoder.stages.1.downsample.conv2.weight"],
+        expected[f"{downsample}.c.weight"] * scale[:, None, None, None],
     )
 
 
