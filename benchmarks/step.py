@@ -9,7 +9,7 @@ import argparse
 import multiprocessing
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,13 @@ GPU = [
 ]
 
 
+def label(setting: Setting) -> dict[str, Any]:
+    """Say in one column what is measured."""
+    extra = ", checkpointing" if setting.checkpointing else ""
+    text = f"{setting.model}, {setting.image_size} px x {setting.batch_size}, {setting.precision}{extra}"
+    return {"setting": text}
+
+
 def backbone(setting: Setting) -> Backbone:
     """Return the architecture that a setting names."""
     config: Config = OmegaConf.to_container(OmegaConf.load(CONF / f"model/{setting.model}.yaml"))
@@ -120,7 +127,7 @@ def on_cpu(setting: Setting, names: list[str], rounds: int) -> list[dict[str, An
     rows = []
     for name in names:
         row = {"form": name, "s": statistics.median(taken[name]), "MiB": memory_on_cpu(setting, name)}
-        rows.append(asdict(setting) | row | {f"time / {to}": ratio(taken, name, to) for to in names})
+        rows.append(label(setting) | row | {f"over {to}": ratio(taken, name, to) for to in names})
     return rows
 
 
@@ -128,7 +135,7 @@ def on_gpu(setting: Setting, names: list[str], rounds: int, ceiling: float) -> l
     """Measure the forms one after another, since not all fit at once."""
     rows = []
     for name in names:
-        row: dict[str, Any] = asdict(setting) | {"form": name}
+        row: dict[str, Any] = label(setting) | {"form": name}
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:

@@ -102,9 +102,8 @@ class ConvExperts(nn.Module):
             out = RoutedExperts.apply(
                 tiles, self.weight, self.bias, choice.flatten().repeat(places), (h, w), *kind
             )
-            mixed: Tensor = (paste(out, y, x).view(n, k, h, w, r) * gates.float().view(n, k, 1, 1, 1)).sum(
-                dim=1
-            )
+            maps = paste(out, y, x).view(n, k, h, w, r)
+            mixed: Tensor = (maps * gates.float().view(n, k, 1, 1, 1)).sum(dim=1)
         return mixed.to(z.dtype)
 
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
-TILE = (
-    2**21
-)  # scores held at a time on a CPU: small enough for its caches, large enough for its matrix products
+# Scores held at a time on a CPU: few enough for its caches, enough for its matrix products.
+TILE = 2**21
 
 
 class RelPosAttention(nn.Module):
