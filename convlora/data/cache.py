@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ import albumentations as A
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from convlora.data.samples import Pair, Read
 from convlora.data.transforms import Resize
@@ -48,6 +48,7 @@ class CachedRead:
         self.index = {pair: index for index, pair in enumerate(pairs)}
         side = resize.image_size
         self.shape = (len(pairs), side, side, 4)
+        self.bytes = len(pairs) * 8 + int(np.prod(self.shape))
         self.file: Path | None = None
         if cache == "ram":
             self._check_room(SHARED_MEMORY if SHARED_MEMORY.is_dir() else None, "dataset.cache=FOLDER")
@@ -57,11 +58,14 @@ class CachedRead:
         self.file = folder / f"{_fingerprint(pairs, resize, threshold)}.images"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not self.file.exists():
+            if not self.file.exists() or self.file.stat().st_size != self.bytes:
                 self._check_room(folder, "another folder in dataset.cache")
+                _reserve(self.file, self.bytes)
             self._open()
         except (OSError, RuntimeError) as error:
-            raise OSError(f"dataset.cache={cache} cannot be used: {error}") from error
+            raise OSError(
+                f"dataset.cache={cache} cannot be used ({error}); choose another folder, ram or null"
+            ) from error
 
     def __call__(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Load image [h, w, 3] and mask [h, w], the longest side that of the network's input."""
@@ -89,30 +93,37 @@ class CachedRead:
             self._open()
 
     def _open(self) -> None:
-        """Map the store; a fresh one is all zeros."""
-        count, total = self.shape[0], int(np.prod(self.shape))
+        """Map the store: height and width of each sample, 0 where it is not there yet, then the pixels."""
         if self.file is None:
-            self.pixels = torch.zeros(self.shape, dtype=torch.uint8)
-            self.sizes = torch.zeros(count, 2, dtype=torch.int32)
-            for tensor in (self.pixels, self.sizes):
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
-            return
-        sizes = self.file.with_suffix(".sizes")
-        self.pixels = _mapped(self.file, total, torch.uint8).view(self.shape)
-        self.sizes = _mapped(sizes, 2 * count, torch.int32).view(count, 2)
+            store = torch.zeros(self.bytes, dtype=torch.uint8)
+            store.share_memory_()  # type: ignore[no-untyped-call]
+        else:
+            store = torch.from_file(str(self.file), shared=True, size=self.bytes, dtype=torch.uint8)
+        head = len(self.index) * 8
+        self.sizes = store[:head].view(torch.int32).view(-1, 2)
+        self.pixels = store[head:].view(self.shape)
 
     def _check_room(self, folder: Path | None, way_out: str) -> None:
-        needed = int(np.prod(self.shape))
-        free = shutil.disk_usage(folder).free if folder is not None else needed
-        if free < needed:
+        free = shutil.disk_usage(folder).free if folder is not None else self.bytes
+        if free < self.bytes:
             raise OSError(
-                f"the cache needs {needed / GIBIBYTE:.1f} GiB for {self.shape[0]} images, {folder} has "
+                f"the cache needs {self.bytes / GIBIBYTE:.1f} GiB for {self.shape[0]} images, {folder} has "
                 f"{free / GIBIBYTE:.1f} GiB left; free some, use {way_out}, or set dataset.cache=null"
             )
 
 
-def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of zeros that has its room on the disk, or none at all."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with fresh.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # else a disk that fills up later ends the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _fingerprint(pairs: Sequence[Pair], resize: Resize, threshold: int | None) -> str:

@@ -109,7 +109,7 @@ class SamViT:
 
     def __post_init__(self) -> None:
         _check_image_size(self.name, self.image_size, self.patch_size)
-        _check_dtype(self.frozen_dtype)
+        _check_memory_savers(self.frozen_dtype, self.activation_checkpointing)
 
     def build(self) -> Sam:
         """Return the architecture with random weights."""
@@ -172,7 +172,7 @@ class MobileSam:
 
     def __post_init__(self) -> None:
         _check_image_size(self.name, self.image_size, TinyViTEncoder.stride)
-        _check_dtype(self.frozen_dtype)
+        _check_memory_savers(self.frozen_dtype, self.activation_checkpointing)
 
     def build(self) -> Sam:
         """Return the architecture with random weights."""
@@ -271,9 +271,11 @@ def _favour_texture(encoder: nn.Module) -> None:
             module.lin2.weight.mul_(3)
 
 
-def _check_dtype(name: str) -> None:
-    if name not in FROZEN_DTYPES:
-        raise ValueError(f"model.frozen_dtype={name} must be one of {', '.join(FROZEN_DTYPES)}")
+def _check_memory_savers(frozen_dtype: str, activation_checkpointing: bool) -> None:
+    if frozen_dtype not in FROZEN_DTYPES:
+        raise ValueError(f"model.frozen_dtype={frozen_dtype} must be one of {', '.join(FROZEN_DTYPES)}")
+    if not isinstance(activation_checkpointing, bool):
+        raise ValueError(f"model.activation_checkpointing={activation_checkpointing} must be true or false")
 
 
 def _check_image_size(name: str, image_size: int, patch_size: int) -> None:

@@ -128,6 +128,14 @@ def test_what_was_not_finished_is_read_again(root: Path, tmp_path: Path) -> None
     assert_equal(list(loader), expected)
 
 
+def test_damaged_store_is_made_anew(root: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    expected = epochs(noise(root, cache, SquareResize(32), FLIP))
+    (store,) = (tmp_path / "cache").iterdir()
+    os.truncate(store, store.stat().st_size // 2)
+    assert_equal(epochs(noise(root, cache, SquareResize(32), FLIP)), expected)
+
+
 def test_too_little_room_is_named(root: Path) -> None:
     pairs = [Pair(root / f"{i}.png", root / f"{i}_mask.png") for i in range(COUNT)]
     with pytest.raises(OSError, match=r"needs \d+.\d GiB for 7 images, .* GiB left; .* dataset.cache=FOLDER"):
@@ -135,7 +143,9 @@ def test_too_little_room_is_named(root: Path) -> None:
 
 
 def test_folder_that_cannot_be_made_is_named(root: Path) -> None:
-    with pytest.raises(OSError, match=r"dataset.cache=.*0.png/cache cannot be used"):
+    with pytest.raises(
+        OSError, match=r"dataset.cache=.*0.png/cache cannot be used .*; choose another folder"
+    ):
         noise(root, str(root / "0.png" / "cache"), SquareResize(32), FLIP).train_dataloader()
 
 
