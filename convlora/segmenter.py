@@ -91,6 +91,7 @@ class Segmenter(nn.Module):
 
     def compile_encoder(self, backend: str = "inductor") -> None:
         """Compile the image encoder as one graph when it first runs; its names and weights stay."""
+        torch._dynamo.reset()  # the sizes of an earlier job would make this one's dynamic
         # A gate records its loss in the forward pass; running a block again need not record it once more.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         self.image_encoder.compile(fullgraph=True, backend=backend)
