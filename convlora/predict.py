@@ -98,7 +98,6 @@ def predict(config: PredictConfig) -> None:
         config.batch_size,
         num_workers=config.num_workers,
         collate_fn=list,
-        pin_memory=device.type == "cuda",
     )
     failures: list[Loaded] = []
     console = Console(highlight=False, soft_wrap=True)
@@ -128,11 +127,11 @@ def probabilities(
     """Return the 8-bit probability map of each image at its own size."""
     if not items:
         return []
-    images = torch.stack([item.pixels for item in items if item.pixels is not None]).to(
-        device, non_blocking=True
-    )
+    images = torch.stack([item.pixels for item in items if item.pixels is not None])
+    if device.type == "cuda":
+        images = images.pin_memory()
     with torch.autocast(device.type, half, enabled=half is not None):
-        logits = segmenter(images)
+        logits = segmenter(images.to(device, non_blocking=True))
     maps = [
         to_gray(restore_size(logit, resize.content(*item.size), item.size))
         for logit, item in zip(logits, items, strict=True)
