@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from convlora.data.base import SegmentationDataModule
 from convlora.sam.zoo import load_backbone
 from convlora.segmenter import Segmenter
 from convlora.task import check_identity
@@ -148,21 +151,63 @@ def _check_section(section: str, config: Mapping[str, Any]) -> None:
             _check_section(f"{section}.{key}", value)
 
 
-def make_segmenter(model: Config, peft: Config) -> tuple[Segmenter, dict[str, str]]:
-    """Build a segmenter on pretrained weights.
+def make_test_sets(
+    names: Sequence[str], config_name: str, first: SegmentationDataModule
+) -> list[SegmentationDataModule]:
+    """Build further data sets to test on, read and batched as the first one.
+
+    Args:
+        names: of files in conf/dataset.
+        config_name: of the command's own file, in whose settings the data sets are composed.
+        first: the data set that is trained on, or tested first.
+
+    Raises:
+        ValueError: a data set is named twice, or has other classes than the first.
+    """
+    own = [o for o in HydraConfig.get().overrides.task if not re.match(r"[~+]*(dataset|test_sets)\b", o)]
+    sets: list[SegmentationDataModule] = []
+    for name in names:
+        composed = hydra.compose(config_name, [*own, f"dataset={name}"])
+        data: SegmentationDataModule = make(f"dataset={name}", resolve(composed.dataset))
+        data.resize, data.batch_size, data.num_workers = first.resize, first.batch_size, first.num_workers
+        if data.name in [known.name for known in (first, *sets)]:
+            raise ValueError(f"test_sets: {name} is tested already; name each data set once")
+        check_classes(first.name, first.class_names, data)
+        sets.append(data)
+    return sets
+
+
+def check_classes(name: str, class_names: Sequence[str], data: SegmentationDataModule) -> None:
+    """Compare the classes that a model tells apart with a data set's; a foreground may have any name.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if len(class_names) == data.num_classes == 1 or list(class_names) == list(data.class_names):
+        return
+    raise ValueError(
+        f"{name} has {len(class_names)} classes ({', '.join(class_names)}), {data.name} has "
+        f"{data.num_classes} ({', '.join(data.class_names)}); choose another data set"
+    )
+
+
+def make_segmenter(model: Config, peft: Config, num_classes: int) -> tuple[Segmenter, dict[str, str]]:
+    """Build a segmenter on pretrained weights, with one mask for each class.
 
     Returns:
         The segmenter and the identity of its base weights: name and SHA-256.
     """
     backbone, method = make("model", model), make("peft", peft)
     sam, sha256 = load_backbone(backbone)
-    return Segmenter(sam, method), {"base": backbone.name, "base_sha256": sha256}
+    segmenter = Segmenter(sam, method, num_classes, backbone.head)
+    return segmenter, {"base": backbone.name, "base_sha256": sha256}
 
 
-def outline_segmenter(model: Config, peft: Config) -> Segmenter:
+def outline_segmenter(model: Config, peft: Config, num_classes: int) -> Segmenter:
     """Build a segmenter without storage, to count its parameters."""
+    backbone, method = make("model", model), make("peft", peft)
     with torch.device("meta"):
-        return Segmenter(make("model", model).build(), make("peft", peft))
+        return Segmenter(backbone.build(), method, num_classes, backbone.head)
 
 
 @dataclass(frozen=True)
@@ -173,6 +218,7 @@ class Adapter:
         segmenter: with the trained tensors loaded.
         resize: config of the resize it was trained with.
         class_names: one for each class.
+        class_colors: RGB, one for each class, for pictures.
         identity: name and SHA-256 of the base weights.
         precision: to compute in, in Lightning's words.
     """
@@ -180,18 +226,32 @@ class Adapter:
     segmenter: Segmenter
     resize: Config
     class_names: list[str]
+    class_colors: list[list[int]]
     identity: dict[str, str]
     precision: str
 
 
 def save_adapter(
-    path: Path, segmenter: Segmenter, config: Config, class_names: Sequence[str], identity: dict[str, str]
+    path: Path,
+    segmenter: Segmenter,
+    config: Config,
+    classes: Mapping[str, Sequence[int]],
+    identity: dict[str, str],
 ) -> None:
-    """Write the trained tensors and what is needed to use them again to one safetensors file."""
+    """Write the trained tensors and what is needed to use them again to one safetensors file.
+
+    Args:
+        path: the file.
+        segmenter: whose trained tensors it holds.
+        config: it was trained with.
+        classes: name -> RGB colour, in the order of their ids.
+        identity: of the base weights.
+    """
     metadata = {
         "format": FORMAT,
         "config": json.dumps(config),
-        "class_names": json.dumps(class_names),
+        "class_names": json.dumps(list(classes)),
+        "class_colors": json.dumps([list(color) for color in classes.values()]),
         **identity,
     }
     state = {name: tensor.cpu().contiguous() for name, tensor in segmenter.trainable_state().items()}
@@ -231,11 +291,11 @@ def load_adapter(path: str | Path, weights: str | None = None, precision: str | 
     precision = precision or str(config["trainer"]["precision"])
     if not is_half(precision):
         parts["model"]["frozen_dtype"] = "float32"
-    class_names = json.loads(metadata["class_names"])
-    segmenter, identity = make_segmenter(parts["model"], parts["peft"])
+    class_names, class_colors = json.loads(metadata["class_names"]), json.loads(metadata["class_colors"])
+    segmenter, identity = make_segmenter(parts["model"], parts["peft"], len(class_names))
     check_identity(metadata, identity)
     segmenter.load_trainable_state(state)
-    return Adapter(segmenter.eval(), parts["resize"], class_names, identity, precision)
+    return Adapter(segmenter.eval(), parts["resize"], class_names, class_colors, identity, precision)
 
 
 def is_half(precision: str) -> bool:

@@ -2,29 +2,26 @@
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
-import matplotlib
 import numpy as np
 import torch
 import wandb
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
+from convlora import draw
 from convlora.data.base import Batch, SegmentationDataModule, Split
-from convlora.segmenter import Segmenter, restore_size, to_gray
-
-matplotlib.use("agg")
+from convlora.metrics.base import Scores
+from convlora.segmenter import Prediction, Segmenter, restore_size, to_prediction
+from convlora.task import SegmentationTask
 
 FIXED, EXTREME = 4, 2  # samples of an overlay page: always the same ones, and the best and the worst
-TRUTH, PREDICTION = (0, 255, 0), (255, 64, 0)  # contour colours, RGB
 
 
 def wandb_logger(project: str, group: str, save_dir: str) -> WandbLogger:
@@ -43,12 +40,15 @@ def finish_wandb() -> None:
     wandb.finish()
 
 
-def render_scores(title: str, scores: Mapping[str, float]) -> Table:
-    """Return a terminal table of mean scores."""
-    table = Table("score", "mean", title=title, title_justify="left")
-    table.columns[1].justify = "right"
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.4f}")
+def render_scores(tests: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a terminal table, a row for each score and a column for each test set."""
+    table = Table("score", *(f"{name}, test" for name in tests))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for score in dict.fromkeys(score for scores in tests.values() for score in scores):
+        table.add_row(
+            score, *(f"{scores[score]:.4f}" if score in scores else "" for scores in tests.values())
+        )
     return table
 
 
@@ -109,23 +109,21 @@ class ScoreTable(Callback):
 
     def write(self, path: Path) -> None:
         """Write a CSV with one line per image."""
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            columns = list(next(iter(self.rows.values())))
-            writer.writerow(["image", *columns])
-            writer.writerows([name, *row.values()] for name, row in self.rows.items())
+        write_rows(path, "image", self.rows)
 
 
 class Overlays(Callback):
-    """Draws image, truth, prediction and error: to W&B after each validation, to a page after the test.
+    """Draws image, truth, prediction and error: to W&B after each validation, to a page after a test.
 
     Args:
-        path: PNG with a fixed set of test samples and the best and worst by Dice.
         table: per-image scores of the same test.
+
+    Attributes:
+        path: PNG with a fixed set of test samples and the best and worst by the primary score.
     """
 
-    def __init__(self, path: Path, table: ScoreTable):
-        self.path = path
+    def __init__(self, table: ScoreTable):
+        self.path: Path | None = None
         self.table = table
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,80 +131,102 @@ class Overlays(Callback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not loggers or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        names = {0: "background", 1: _data(trainer).class_names[0]}
+        data = _data(trainer)
+        names = {0: "background", 1: data.class_names[0]}
+        if data.num_classes > 1:
+            names = dict(enumerate(data.class_names))
         images = []
-        for index in _spread(len(_data(trainer).listed("val")), FIXED):
-            name, image, mask, prob = _predict(trainer, pl_module, "val", index)
-            masks = {"truth": mask, "prediction": (prob >= 128).astype(np.uint8)}
-            layers = {key: {"mask_data": value, "class_labels": names} for key, value in masks.items()}
+        for index in _spread(len(data.listed("val")), FIXED):
+            name, image, mask, found = _predict(trainer, pl_module, "val", index)
+            layers = {
+                key: {"mask_data": value, "class_labels": names}
+                for key, value in (("truth", mask), ("prediction", _array(found.classes)))
+            }
             images.append(wandb.Image(image, masks=layers, caption=name))
         for logger in loggers:
             logger.experiment.log({"val/overlays": images, "trainer/global_step": trainer.global_step})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page."""
-        if not trainer.is_global_zero or not self.table.rows:
+        if not trainer.is_global_zero or not self.table.rows or self.path is None:
             return
-        data = _data(trainer)
+        data, scores = _data(trainer), _scores(pl_module)
         order = {name: index for index, name in enumerate(data.names("test"))}
-        scored = list(self.table.rows)
-        ranked = sorted(scored, key=lambda name: self.table.rows[name].get("dice", 0.0))
-        chosen = [("sample", scored[i]) for i in _spread(len(scored), FIXED)]
+        names = list(self.table.rows)
+
+        def goodness(name: str) -> float:
+            value = self.table.rows[name][scores.primary]
+            return value if scores.mode == "max" else -value
+
+        ranked = sorted(names, key=goodness)
+        chosen = [("sample", names[i]) for i in _spread(len(names), FIXED)]
         chosen += [("best", name) for name in ranked[: -EXTREME - 1 : -1]]
         chosen += [("worst", name) for name in ranked[:EXTREME]]
-        rows = [
-            (title, self.table.rows[name], *_predict(trainer, pl_module, "test", order[name]))
-            for title, name in chosen
-        ]
-        draw_page(rows, self.path)
+        rows = []
+        for title, name in chosen:
+            _, image, mask, found = _predict(trainer, pl_module, "test", order[name])
+            score = f"{scores.primary} {self.table.rows[name][scores.primary]:.3f}"
+            label = f"{title}: {Path(name).name}"
+            rows.append(draw.Row(label, image, mask, _array(found.classes), _array(found.prob), score))
+        draw.draw_page(rows, draw.colors_of(data.class_names, data.class_colors), self.path)
 
 
-def draw_page(
-    rows: list[tuple[str, dict[str, float], str, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]],
-    path: Path,
+def test_each(
+    trainer: Trainer, task: SegmentationTask, sets: Sequence[SegmentationDataModule], folder: Path
+) -> dict[str, dict[str, float]]:
+    """Score a model on several test sets.
+
+    The first one's pictures and tables go to `folder`, those of the others to a folder in it by their name.
+
+    Returns:
+        By data set, the scores by name.
+    """
+    [table] = [callback for callback in trainer.callbacks if isinstance(callback, ScoreTable)]  # type: ignore[attr-defined]
+    [overlays] = [callback for callback in trainer.callbacks if isinstance(callback, Overlays)]  # type: ignore[attr-defined]
+    results = {}
+    for number, data in enumerate(sets):
+        place = folder if number == 0 else folder / data.name
+        place.mkdir(parents=True, exist_ok=True)
+        overlays.path = place / "overlays.png"
+        [scores] = trainer.test(task, data, verbose=False)
+        results[data.name] = {name.removeprefix("test/"): value for name, value in scores.items()}
+        if trainer.is_global_zero:
+            table.write(place / "images.csv")
+            write_curves(task.arrays, results[data.name], data.class_names, place)
+    if trainer.is_global_zero and len(sets) > 1:
+        write_rows(folder / "scores.csv", "dataset", results)
+    return results
+
+
+def write_curves(
+    arrays: Mapping[str, NDArray[Any]], scores: Mapping[str, float], class_names: Sequence[str], folder: Path
 ) -> None:
-    """Draw one row per sample: title, scores, name, image [h, w, 3], mask of 0/1, 8-bit probability."""
-    figure = Figure(figsize=(12, 3.1 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 4, squeeze=False)
-    for (title, scores, name, image, mask, prob), line in zip(rows, axes, strict=True):
-        panels = (
-            (f"{title}: {Path(name).name}", image),
-            ("truth", mask * 255),
-            (f"prediction, dice {scores.get('dice', float('nan')):.3f}", prob),
-            ("error: missed green, false red", error_map(image, mask, prob)),
-        )
-        for axis, (label, picture) in zip(line, panels, strict=True):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-            axis.set_title(label, fontsize=9)
-            axis.set_axis_off()
-    figure.savefig(path, dpi=75)
+    """Draw what the scores of a test hold besides numbers: reliability, confusion matrix."""
+    if "reliability" in arrays:
+        draw.draw_reliability(arrays["reliability"], scores["ece"], folder / "reliability.png")
+    if "confusion" in arrays:
+        confusion = arrays["confusion"].astype(int)
+        draw.draw_confusion(confusion, class_names, folder / "confusion.png")
+        rows = {
+            name: dict(zip(class_names, row, strict=True))
+            for name, row in zip(class_names, confusion.tolist(), strict=True)
+        }
+        write_rows(folder / "confusion.csv", "truth", rows)
 
 
-def error_map(
-    image: NDArray[np.uint8], mask: NDArray[np.uint8], prob: NDArray[np.uint8]
-) -> NDArray[np.uint8]:
-    """Return the dimmed image with missed pixels in green and falsely found ones in red."""
-    picture = image // 3
-    found = prob >= 128
-    picture[(mask == 1) & ~found] = TRUTH
-    picture[(mask == 0) & found] = PREDICTION
-    return picture
-
-
-def draw_contours(image: NDArray[np.uint8], found: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Return the image with the outline of a predicted mask, its inside slightly tinted."""
-    picture = image.copy()
-    picture[found] = (0.7 * picture[found] + 0.3 * np.array(PREDICTION)).astype(np.uint8)
-    contours, _ = cv2.findContours(found.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    width = max(1, round(max(image.shape[:2]) / 400))
-    cv2.drawContours(picture, contours, -1, PREDICTION, width)
-    return picture
+def write_rows(path: Path, key: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Write a CSV with a line for each name, `key` heading the names."""
+    with path.open("w", newline="") as file:
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        writer = csv.DictWriter(file, [key, *columns])
+        writer.writeheader()
+        writer.writerows({key: name, **row} for name, row in rows.items())
 
 
 def _predict(
     trainer: Trainer, pl_module: LightningModule, split: Split, index: int
-) -> tuple[str, NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return name, image, mask and 8-bit probability of one sample at its own size."""
+) -> tuple[str, draw.Picture, draw.Picture, Prediction]:
+    """Return name, image, mask and prediction of one sample at its own size."""
     data = _data(trainer)
     image, mask = data.read(data.listed(split)[index])
     batch: Batch = data.batch(split, [index])
@@ -214,14 +234,23 @@ def _predict(
     assert isinstance(segmenter, Segmenter)
     with torch.inference_mode(), trainer.precision_plugin.forward_context():
         logits = segmenter(batch.images.to(pl_module.device))[0]
-        prob = to_gray(restore_size(logits, batch.contents[0], (mask.shape[0], mask.shape[1])))
-    return batch.names[0], image, mask, prob[0].cpu().numpy()
+        found = to_prediction(restore_size(logits, batch.contents[0], (mask.shape[0], mask.shape[1])))
+    return batch.names[0], image, mask, found
+
+
+def _array(tensor: torch.Tensor) -> draw.Picture:
+    return np.asarray(tensor.cpu().numpy())
 
 
 def _data(trainer: Trainer) -> SegmentationDataModule:
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, SegmentationDataModule)
     return data
+
+
+def _scores(pl_module: LightningModule) -> Scores:
+    assert isinstance(pl_module, SegmentationTask)
+    return pl_module.scores_of("test")
 
 
 def _spread(total: int, wanted: int) -> list[int]:

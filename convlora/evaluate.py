@@ -10,8 +10,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
-from convlora.build import Config, command, load_adapter, make
-from convlora.callbacks import Overlays, ScoreTable, render_scores
+from convlora.build import Config, check_classes, command, load_adapter, make, make_test_sets
+from convlora.callbacks import Overlays, ScoreTable, render_scores, test_each
 from convlora.data.base import SegmentationDataModule
 from convlora.task import SegmentationTask
 
@@ -31,23 +31,22 @@ class EvaluateConfig:
     precision: str | None
     data_root: str
     output: str
+    test_sets: list[str]
     seed: int
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Print the scores on the data set's test images and write scores.json, images.csv and overlays.png.
+    """Print the scores on the test images of each data set and write them with tables and pictures.
 
     Raises:
-        ValueError: the adapter and the data set differ in their number of classes.
+        ValueError: the adapter and a data set differ in their classes.
     """
     adapter = load_adapter(config.checkpoint, config.model["weights"], config.precision)
     data: SegmentationDataModule = make("dataset", config.dataset | {"resize": adapter.resize})
-    if data.num_classes != len(adapter.class_names):
-        raise ValueError(
-            f"{config.checkpoint} segments {len(adapter.class_names)} classes "
-            f"({', '.join(adapter.class_names)}), {data.name} has {data.num_classes} "
-            f"({', '.join(data.class_names)}); choose another dataset="
-        )
+    tests = [data, *make_test_sets(config.test_sets, "evaluate", data)]
+    for test in tests:  # a missing set should not come out after the others
+        test.setup("test")
+    check_classes(config.checkpoint, adapter.class_names, data)
     output = Path(HydraConfig.get().runtime.output_dir)
     table = ScoreTable()
     progress = [RichProgressBar()] if config.trainer.get("enable_progress_bar", True) else []
@@ -55,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> None:
         "trainer",
         config.trainer | {"precision": adapter.precision},
         logger=False,
-        callbacks=[table, Overlays(output / "overlays.png", table), *progress],
+        callbacks=[table, Overlays(table), *progress],
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -63,20 +62,25 @@ def evaluate(config: EvaluateConfig) -> None:
     task = SegmentationTask(
         adapter.segmenter,
         make("loss", config.loss),
-        make("metrics", config.metrics),
+        make("metrics", config.metrics, class_names=data.class_names),
         torch.optim.AdamW,
         adapter.identity,
     )
-    scores = trainer.test(task, data, verbose=False)[0]
+    results = test_each(trainer, task, tests, output)
     if not trainer.is_global_zero:
         return
-    means = {name.removeprefix("test/"): value for name, value in scores.items()}
-    record = {"dataset": data.name, "images": len(table.rows), "checkpoint": config.checkpoint, **means}
+    images = {test.name: {"images": len(test.listed("test"))} for test in tests}
+    record = {
+        "checkpoint": config.checkpoint,
+        "dataset": data.name,
+        **images[data.name],
+        **results[data.name],
+    }
+    record["test_sets"] = {test.name: images[test.name] | results[test.name] for test in tests[1:]}
     (output / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
-    table.write(output / "images.csv")
     console = Console(highlight=False, soft_wrap=True)
-    console.print(render_scores(f"{data.name}, test, {len(table.rows)} images", means))
-    console.print(f"scores.json, images.csv, overlays.png in {output}")
+    console.print(render_scores(results))
+    console.print(f"scores.json, images.csv and pictures in {output}")
 
 
 main = command("evaluate", EvaluateConfig, evaluate)

@@ -1,8 +1,16 @@
-"""Losses of mask logits [n, 1, h, w] against masks of 0 and 1 of the same shape; each a mean over images."""
+"""Losses of mask logits [n, c, h, w] against class ids [n, 1, h, w]; each a mean over images.
+
+Those of a foreground take c = 1 and ids 0 and 1. Ignored pixels count in no sum, so that they have no
+gradient; an image that is nothing else has the loss 0, or the constant that an empty mask leaves, and no
+gradient either.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from convlora import IGNORED
 
 NEIGHBOURHOOD = 31  # pixels; PraNet, Fan et al., MICCAI 2020, arXiv:2006.11392
 BOUNDARY_GAIN = 5.0
@@ -22,16 +30,100 @@ class StructureLoss(nn.Module):
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Return the scalar loss, computed in float32."""
-        logits, masks = logits.float(), masks.float()
-        weights = 1 + BOUNDARY_GAIN * (local_mean(masks) - masks).abs()
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-        if self.boundary_weighted:
-            cross_entropy = (weights * cross_entropy).sum(dim=(2, 3)) / weights.sum(dim=(2, 3))
+        logits, target, valid = _binary(logits, masks)
+        weights = valid * (1 + BOUNDARY_GAIN * (local_mean(target) - target).abs())
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        cross_entropy = weighted_mean(cross_entropy, weights if self.boundary_weighted else valid)
         probs = torch.sigmoid(logits)
-        intersection = (weights * probs * masks).sum(dim=(2, 3))
-        total = (weights * (probs + masks)).sum(dim=(2, 3))
+        intersection = (weights * probs * target).sum(dim=(1, 2, 3))
+        total = (weights * (probs + target)).sum(dim=(1, 2, 3))
         iou = (intersection + 1) / (total - intersection + 1)
-        return cross_entropy.mean() + (1 - iou).mean()
+        return (cross_entropy + 1 - iou).mean()
+
+
+class BceDiceLoss(nn.Module):
+    """Binary cross-entropy, a mean over pixels, plus soft Dice loss (Milletari et al., 3DV 2016)."""
+
+    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """Return the scalar loss, computed in float32."""
+        logits, target, valid = _binary(logits, masks)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        dice = dice_loss(torch.sigmoid(logits), target, valid)[:, 0]
+        return (weighted_mean(cross_entropy, valid) + dice).mean()
+
+
+class FocalDiceLoss(nn.Module):
+    """Focal loss (Lin et al., ICCV 2017), a mean over pixels, plus soft Dice loss.
+
+    Args:
+        gamma: how much less a pixel counts the surer it is right; 0 makes it plain cross-entropy.
+        alpha: weight of the foreground, 1 - alpha that of the background, 0 to 1.
+    """
+
+    def __init__(self, gamma: float = 2.0, alpha: float = 0.25):
+        super().__init__()
+        if gamma < 0 or not 0 <= alpha <= 1:
+            raise ValueError(f"loss.gamma={gamma} must be at least 0 and loss.alpha={alpha} from 0 to 1")
+        self.gamma = gamma
+        self.alpha = alpha
+
+    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """Return the scalar loss, computed in float32."""
+        logits, target, valid = _binary(logits, masks)
+        focal = sigmoid_focal_loss(logits, target, self.alpha, self.gamma)
+        dice = dice_loss(torch.sigmoid(logits), target, valid)[:, 0]
+        return (weighted_mean(focal, valid) + dice).mean()
+
+
+class BalancedBceLoss(nn.Module):
+    """Binary cross-entropy in which the foreground and the background of each image weigh the same.
+
+    Each foreground pixel is weighted by the background's share of the pixels and the reverse (HED, Xie and
+    Tu, ICCV 2015, eq. 2); divided by the sum of the weights, that is half the mean over the foreground plus
+    half the mean over the background. An image that has only one of them gives the mean over that.
+    """
+
+    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """Return the scalar loss, computed in float32."""
+        logits, target, valid = _binary(logits, masks)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        kinds = (valid * target, valid * (1 - target))
+        there = sum((kind.sum(dim=(1, 2, 3)) > 0).float() for kind in kinds)
+        total = torch.stack([weighted_mean(cross_entropy, kind) for kind in kinds]).sum(dim=0)
+        return (total / torch.clamp(torch.as_tensor(there), min=1)).mean()
+
+
+class CrossEntropyDiceLoss(nn.Module):
+    """Softmax cross-entropy, a mean over pixels, plus soft Dice loss, a mean over the classes in the mask."""
+
+    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """Return the scalar loss, computed in float32."""
+        logits, ids = logits.float(), masks[:, 0].long()
+        if logits.shape[1] < 2:
+            raise ValueError("cross_entropy_dice is for several classes, here is one; set loss=structure")
+        valid = (ids != IGNORED).float()[:, None]
+        cross_entropy = F.cross_entropy(logits, ids, ignore_index=IGNORED, reduction="none")[:, None]
+        target = F.one_hot(torch.where(ids == IGNORED, 0, ids), logits.shape[1]).movedim(-1, 1) * valid
+        there = (target.sum(dim=(2, 3)) > 0).float()
+        dice = dice_loss(torch.softmax(logits, dim=1), target, valid)
+        dice = (dice * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
+        return (weighted_mean(cross_entropy, valid) + dice).mean()
+
+
+def dice_loss(probs: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Return 1 - (2 |P T| + 1) / (|P| + |T| + 1) for each map, [n, c], sums over the valid pixels.
+
+    The 1 makes the loss of an empty prediction of an empty mask 0.
+    """
+    overlap = (probs * target * valid).sum(dim=(2, 3))
+    total = ((probs + target) * valid).sum(dim=(2, 3))
+    return 1 - (2 * overlap + 1) / (total + 1)
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of each image [n], 0 where all its weights are."""
+    total = weights.sum(dim=(1, 2, 3))
+    return (values * weights).sum(dim=(1, 2, 3)) / torch.where(total > 0, total, 1)
 
 
 def local_mean(masks: Tensor) -> Tensor:
@@ -39,3 +131,12 @@ def local_mean(masks: Tensor) -> Tensor:
     half = NEIGHBOURHOOD // 2
     rows = F.avg_pool2d(masks, (NEIGHBOURHOOD, 1), stride=1, padding=(half, 0))
     return F.avg_pool2d(rows, (1, NEIGHBOURHOOD), stride=1, padding=(0, half))
+
+
+def _binary(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, foreground (0 where ignored) and valid pixels as float32 [n, 1, h, w]."""
+    if logits.shape[1] != 1:
+        raise ValueError(
+            f"the loss is for a foreground, here are {logits.shape[1]} classes; set loss=cross_entropy_dice"
+        )
+    return logits.float(), (masks == 1).float(), (masks != IGNORED).float()

@@ -2,26 +2,25 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from convlora import draw
 from convlora.build import Config, command, load_adapter, make
-from convlora.callbacks import draw_contours
 from convlora.data.images import list_images, read_image
 from convlora.data.samples import to_tensor
 from convlora.data.transforms import Resize, eval_transform
-from convlora.metrics.overlap import THRESHOLD
-from convlora.segmenter import Segmenter, restore_size, to_gray
+from convlora.segmenter import Prediction, Segmenter, restore_size, to_prediction
 
 HALF = {
     "32-true": None,
@@ -93,6 +92,7 @@ def predict(config: PredictConfig) -> None:
     segmenter = adapter.segmenter.to(device)
     resize: Resize = make("resize", adapter.resize)
     names = name_outputs(paths, source)
+    colors = dict(zip(adapter.class_names, adapter.class_colors, strict=True))
     loader = DataLoader(
         Images(paths, resize),
         config.batch_size,
@@ -107,8 +107,8 @@ def predict(config: PredictConfig) -> None:
         for batch in loader:
             good = [item for item in batch if item.pixels is not None]
             failures += [item for item in batch if item.pixels is None]
-            for item, gray in zip(good, probabilities(segmenter, good, resize, device, half), strict=True):
-                write(output, names[item.path], item.path, gray, config)
+            for item, found in zip(good, segment(segmenter, good, resize, device, half), strict=True):
+                write(output, names[item.path], item.path, found, colors, config)
             progress.advance(bar, len(batch))
     console.print(f"{len(paths) - len(failures)} of {len(paths)} masks written to {output}")
     if failures:
@@ -117,14 +117,14 @@ def predict(config: PredictConfig) -> None:
         raise SystemExit(1)
 
 
-def probabilities(
+def segment(
     segmenter: Segmenter,
     items: Sequence[Loaded],
     resize: Resize,
     device: torch.device,
     half: torch.dtype | None,
-) -> list[NDArray[np.uint8]]:
-    """Return the 8-bit probability map of each image at its own size."""
+) -> list[Prediction]:
+    """Return what is found in each image at its own size."""
     if not items:
         return []
     images = torch.stack([item.pixels for item in items if item.pixels is not None])
@@ -132,26 +132,51 @@ def probabilities(
         images = images.pin_memory()
     with torch.autocast(device.type, half, enabled=half is not None):
         logits = segmenter(images.to(device, non_blocking=True))
-    maps = [
-        to_gray(restore_size(logit, resize.content(*item.size), item.size))
+    return [
+        to_prediction(restore_size(logit, resize.content(*item.size), item.size))
         for logit, item in zip(logits, items, strict=True)
     ]
-    return [gray[0].cpu().numpy() for gray in maps]
 
 
-def write(output: Path, name: str, source: Path, gray: NDArray[np.uint8], config: PredictConfig) -> None:
+def write(
+    output: Path,
+    name: str,
+    source: Path,
+    found: Prediction,
+    colors: Mapping[str, Sequence[int]],
+    config: PredictConfig,
+) -> None:
     """Write the mask of one image and what else was asked for."""
-    found = gray >= THRESHOLD
-    pictures: dict[str, Callable[[], NDArray[np.uint8]]] = {"": lambda: found.astype(np.uint8) * 255}
+    classes, prob = (np.asarray(part.cpu().numpy()) for part in found)
+    pictures: dict[str, Callable[[], Image.Image]] = {"": lambda: as_mask(classes, colors)}
     if config.probabilities:
-        pictures["probabilities"] = lambda: gray
+        pictures["probabilities"] = lambda: Image.fromarray(prob)
     if config.overlays:
-        pictures["overlays"] = lambda: draw_contours(read_image(source), found)[..., ::-1]
+        pictures["overlays"] = lambda: as_overlay(read_image(source), classes, colors)
     for folder, picture in pictures.items():
         path = output / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(str(path), picture()):
-            raise OSError(f"could not write {path}; is there room on the disk?")
+        try:
+            picture().save(path)
+        except OSError as error:
+            raise OSError(f"could not write {path} ({error}); is there room on the disk?") from error
+
+
+def as_mask(classes: NDArray[np.uint8], colors: Mapping[str, Sequence[int]]) -> Image.Image:
+    """Return 0 and 255 for a foreground alone, else the class ids with a palette of the classes' colours."""
+    if len(colors) == 1:
+        return Image.fromarray(classes * np.uint8(255))
+    picture = Image.fromarray(classes)
+    picture.putpalette([channel for color in colors.values() for channel in color])
+    return picture
+
+
+def as_overlay(
+    image: NDArray[np.uint8], classes: NDArray[np.uint8], colors: Mapping[str, Sequence[int]]
+) -> Image.Image:
+    """Return the classes drawn on the image, of several with a legend below."""
+    picture = draw.draw_classes(image, classes, colors)
+    return Image.fromarray(picture if len(colors) == 1 else draw.add_legend(picture, colors))
 
 
 def find_images(source: Path, output: Path) -> list[Path]:

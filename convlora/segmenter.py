@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from convlora.peft.base import Method
 from convlora.sam.zoo import Sam
+
+HALF = 128  # of 8-bit probabilities, the least that is at least one half
 
 
 class MaskDecoder(nn.Module):
@@ -53,25 +56,34 @@ class MaskDecoder(nn.Module):
         return torch.einsum("nkc,nchw->nkhw", torch.stack(kernels, dim=1), features)
 
 
+HEADS = {"per_class": MaskDecoder}
+
+
 class Segmenter(nn.Module):
     """A frozen SAM with an adapted image encoder and a trained mask decoder; it takes no prompts.
 
     Args:
         sam: the backbone; taken over, not copied.
         method: how the frozen image encoder is adapted.
-        num_masks: masks per image, 1 for a binary task.
+        num_masks: masks per image, one for each class, 1 for a binary task.
+        head: how the decoder makes them; `per_class` is `MaskDecoder`.
+
+    Raises:
+        ValueError: no such head.
     """
 
     dense_prompt: Tensor
     position_encoding: Tensor
 
-    def __init__(self, sam: Sam, method: Method, num_masks: int = 1):
+    def __init__(self, sam: Sam, method: Method, num_masks: int = 1, head: str = "per_class"):
         super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"model.head={head} must be one of {', '.join(HEADS)}")
         sam.requires_grad_(False)
         self._frozen = [*sam.image_encoder.modules(), *sam.prompt_encoder.modules()]
         self.image_encoder = method.inject(sam.image_encoder)
         self.prompt_encoder = sam.prompt_encoder
-        self.mask_decoder = MaskDecoder(sam.mask_decoder, num_masks).requires_grad_(True)
+        self.mask_decoder = HEADS[head](sam.mask_decoder, num_masks).requires_grad_(True)
         _, dense_prompt = self.prompt_encoder(points=None, boxes=None, masks=None)
         self.register_buffer("dense_prompt", dense_prompt.contiguous(), persistent=False)
         self.register_buffer("position_encoding", self.prompt_encoder.get_dense_pe(), persistent=False)
@@ -143,6 +155,27 @@ def restore_size(logits: Tensor, content: tuple[int, int], size: tuple[int, int]
     return F.interpolate(filled, size=size, mode="bilinear", align_corners=False)[0]
 
 
-def to_gray(logits: Tensor) -> Tensor:
-    """Return probabilities as 8-bit grey values, the form in which they are scored and written."""
-    return (torch.sigmoid(logits.float()) * 255).round().to(torch.uint8)
+class Prediction(NamedTuple):
+    """What is found in an image, in the form in which it is scored and written.
+
+    Attributes:
+        classes: ids [h, w] uint8, of a binary task 0 and 1.
+        prob: 8-bit probability [h, w] uint8, of the foreground or, of several classes, of the one found.
+    """
+
+    classes: Tensor
+    prob: Tensor
+
+
+def to_prediction(logits: Tensor) -> Prediction:
+    """Return what logits [c, h, w] say: by the sigmoid of one, by the softmax over several."""
+    logits = logits.float()
+    if len(logits) == 1:
+        prob = _to_8_bits(torch.sigmoid(logits[0]))
+        return Prediction((prob >= HALF).to(torch.uint8), prob)
+    best, classes = torch.softmax(logits, dim=0).max(dim=0)
+    return Prediction(classes.to(torch.uint8), _to_8_bits(best))
+
+
+def _to_8_bits(probs: Tensor) -> Tensor:
+    return (probs * 255).round().to(torch.uint8)

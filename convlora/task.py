@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric
 
 from convlora.data.base import Batch
+from convlora.metrics.base import Scores
 from convlora.peft.base import aux_loss
-from convlora.segmenter import Segmenter, restore_size, to_gray
+from convlora.segmenter import Segmenter, restore_size, to_prediction
 
 
 class SegmentationTask(LightningModule):
@@ -21,19 +23,24 @@ class SegmentationTask(LightningModule):
 
     Args:
         segmenter: the model.
-        loss: of logits [n, 1, h, w] against masks of the same shape.
-        scores: per-image scores, fed one image at a time.
+        loss: of logits [n, c, h, w] against class ids [n, 1, h, w].
+        scores: fed one image at a time.
         optimizer: makes the optimiser from the trainable parameters.
         identity: what a checkpoint must have been made with, besides the shapes: name and hash of the base
             weights. Stored in every Lightning checkpoint and compared on resume.
         seed: of the random numbers drawn in training steps.
+
+    Attributes:
+        arrays: what the scores of the last test gave besides numbers, by name.
     """
+
+    arrays: dict[str, NDArray[Any]]
 
     def __init__(
         self,
         segmenter: Segmenter,
         loss: nn.Module,
-        scores: MetricCollection,
+        scores: Scores,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         identity: dict[str, str],
         seed: int = 0,
@@ -109,23 +116,37 @@ class SegmentationTask(LightningModule):
         for name, mask, content, logit in zip(batch.names, batch.masks, batch.contents, logits, strict=True):
             native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
             mean_loss.update(self.loss(native[None], mask[None, None]))
-            values = scores(to_gray(native[0]), mask)
-            rows[name] = {key.removeprefix(f"{stage}/"): value.item() for key, value in values.items()}
+            found = to_prediction(native)
+            values = scores(found.classes.cpu(), found.prob.cpu(), mask.cpu())
+            rows[name] = {
+                key.removeprefix(f"{stage}/"): value.item()
+                for key, value in values.items()
+                if value.ndim == 0
+            }
         return rows
 
     def _log_scores(self, stage: str) -> None:
         scores, mean_loss = self._metrics(stage)
         self.log(f"{stage}/loss", mean_loss.compute())
+        self.arrays = {}
         for name, value in scores.compute().items():
-            self.log(name, value.float(), prog_bar=name == "val/dice")
+            if value.ndim == 0:
+                self.log(name, value.float(), prog_bar=name == f"val/{scores.primary}")
+            else:
+                self.arrays[name.removeprefix(f"{stage}/")] = value.cpu().numpy()
         mean_loss.reset()
         scores.reset()
 
-    def _metrics(self, stage: str) -> tuple[MetricCollection, MeanMetric]:
-        scores, mean_loss = self.scores[stage], self.mean_loss[stage]
-        assert isinstance(scores, MetricCollection)
+    def scores_of(self, stage: str) -> Scores:
+        """Return the scores of `val` or `test`."""
+        scores = self.scores[stage]
+        assert isinstance(scores, Scores)
+        return scores
+
+    def _metrics(self, stage: str) -> tuple[Scores, MeanMetric]:
+        mean_loss = self.mean_loss[stage]
         assert isinstance(mean_loss, MeanMetric)
-        return scores, mean_loss
+        return self.scores_of(stage), mean_loss
 
 
 def check_identity(found: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from convlora.build import (
     is_half,
     make,
     make_segmenter,
+    make_test_sets,
     outline_segmenter,
     save_adapter,
 )
@@ -36,8 +37,11 @@ from convlora.callbacks import (
     StayStopped,
     finish_wandb,
     render_scores,
+    test_each,
 )
 from convlora.data.base import SegmentationDataModule
+from convlora.draw import colors_of
+from convlora.metrics.base import Scores
 from convlora.segmenter import Segmenter
 from convlora.task import SegmentationTask, check_identity
 
@@ -60,6 +64,7 @@ class TrainConfig:
     augment: Config
     resize: Config
     early_stopping: Config
+    test_sets: list[str]
     seed: int
     data_root: str
     run_dir: str
@@ -76,36 +81,40 @@ def train(config: TrainConfig) -> float | None:
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     data: SegmentationDataModule = make("dataset", config.dataset)
-    outline = outline_segmenter(config.model, config.peft)
+    outline = outline_segmenter(config.model, config.peft, data.num_classes)
     if config.dry_run:
         trainer: Trainer = make("trainer", config.trainer, logger=False, enable_checkpointing=False)
         announce(trainer, data, outline, run_dir)
         return None
     ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
-    check_monitor(config)
+    scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
+    check_monitor(config, scores)
     check_frozen_dtype(config)
+    tests = [data, *make_test_sets(config.test_sets, "train", data)]
     data.setup("fit")
-    data.setup("test")  # a missing test set should not come out after the training
+    for test in tests:  # a missing test set should not come out after the training
+        test.setup("test")
     check_run_dir(run_dir, outline)
     try:
-        return fit_and_test(config, data, outline, run_dir, ckpt_path)
+        return fit_and_test(config, tests, outline, scores, run_dir, ckpt_path)
     finally:
         finish_wandb()
 
 
 def fit_and_test(
     config: TrainConfig,
-    data: SegmentationDataModule,
+    tests: Sequence[SegmentationDataModule],
     outline: Segmenter,
+    scores: Scores,
     run_dir: Path,
     ckpt_path: Path | None,
 ) -> float | None:
-    """Write the run folder; returns the best validation score."""
-    table = ScoreTable()
+    """Train on the first data set, test on all, write the run folder; returns the best validation score."""
+    data, table = tests[0], ScoreTable()
     stop: EarlyStopping = make("early_stopping", config.early_stopping)
     best = RunCheckpoint(run_dir, "best", stop.monitor, stop.mode)
     callbacks: list[Callback] = [best, RunCheckpoint(run_dir, "last"), stop, StayStopped(), table]
-    callbacks.append(Overlays(run_dir / "overlays.png", table))
+    callbacks.append(Overlays(table))
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(RichProgressBar())
     trainer: Trainer = make(
@@ -120,13 +129,11 @@ def fit_and_test(
     if trainer.is_global_zero:
         announce(trainer, data, outline, run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
-    segmenter, identity = make_segmenter(config.model, config.peft)
+    segmenter, identity = make_segmenter(config.model, config.peft, data.num_classes)
     if config.compile:
         segmenter.compile_encoder()
-    loss, scores = make("loss", config.loss), make("metrics", config.metrics)
-    task = SegmentationTask(
-        segmenter, loss, scores, make("optimizer", config.optimizer), identity, config.seed
-    )
+    loss, optimizer = make("loss", config.loss), make("optimizer", config.optimizer)
+    task = SegmentationTask(segmenter, loss, scores, optimizer, identity, config.seed)
     if ckpt_path is not None:  # refused before anything of the run is written over
         check_resumable(ckpt_path, task)
     trainer.loggers = make_loggers(config.logger, run_dir, ckpt_path)
@@ -146,13 +153,16 @@ def fit_and_test(
         task.load_state_dict(read_checkpoint(Path(best.best_model_path))["state_dict"])
     path = run_dir / "adapter.safetensors"
     if trainer.is_global_zero:  # before the test, which may still meet a damaged image
-        save_adapter(path, segmenter, asdict(config), data.class_names, identity)
-    [tested] = trainer.test(task, data, verbose=False)
+        save_adapter(
+            path, segmenter, asdict(config), colors_of(data.class_names, data.class_colors), identity
+        )
+    results = test_each(trainer, task, tests, run_dir)
     best_score = None if best.best_model_score is None else best.best_model_score.item()
     if trainer.is_global_zero:
-        means = {name.removeprefix("test/"): value for name, value in tested.items()}
         summary = {
-            "test": means,
+            "dataset": data.name,
+            "test": results[data.name],
+            "test_sets": {name: scores for name, scores in results.items() if name != data.name},
             stop.monitor: best_score,
             **fitted,
             "trainable_parameters": count(segmenter, trainable=True),
@@ -160,7 +170,7 @@ def fit_and_test(
             **identity,
         }
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        console.print(render_scores(f"{data.name}, test", means))
+        console.print(render_scores(results))
         console.print(f"adapter: {path}")
     return best_score
 
@@ -247,9 +257,9 @@ def check_resumable(ckpt_path: Path, task: SegmentationTask) -> None:
     task.segmenter.check_trainable_state(checkpoint["state_dict"])
 
 
-def check_monitor(config: TrainConfig) -> None:
+def check_monitor(config: TrainConfig, scores: Scores) -> None:
     """Refuse to watch a score that no validation gives; raises ValueError."""
-    known = [f"val/{name}" for name in ("loss", *config.metrics.get("scores", {}))]
+    known = [f"val/{name}" for name in ("loss", *scores.names)]
     if config.early_stopping["monitor"] not in known:
         raise ValueError(
             f"early_stopping.monitor={config.early_stopping['monitor']} is not one of {', '.join(known)}"

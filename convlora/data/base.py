@@ -1,9 +1,9 @@
 """One data set: files listed by split, batched for training, validation and test."""
 
-import csv
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from convlora.data.cache import CachedRead
+from convlora.data.masks import Masks
 from convlora.data.samples import (
     Batch,
     EpochSampler,
@@ -30,7 +31,14 @@ from convlora.data.samples import (
 )
 from convlora.data.transforms import Resize
 
-__all__ = ["SPLITS", "Batch", "Pair", "SegmentationDataModule", "Split", "csv_pairs"]
+__all__ = [
+    "SPLITS",
+    "Batch",
+    "Pair",
+    "SegmentationDataModule",
+    "Source",
+    "Split",
+]
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -41,52 +49,69 @@ _STAGE_SPLITS: dict[str, tuple[Split, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from.
+
+    Attributes:
+        url: of the archive, which holds the data set's folder; None where a person has to fetch it.
+        sha256: of the archive as published; None where nobody has published it.
+        steps: what the person does, where there is no `url`.
+        images: in a whole copy, of a split or of several together, as in `train+val`.
+    """
+
+    url: str | None = None
+    sha256: str | None = None
+    steps: str | None = None
+    images: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class SegmentationDataModule(LightningDataModule, ABC):
     """Base of all data sets; a subclass lists `pairs(split)`.
 
-    Args:
-        name: for error messages.
+    Attributes:
+        name: for messages and tables.
         root: folder of the data set.
-        class_names: of the foreground class.
+        class_names: of the foreground alone, for binary masks, or of every class.
+        class_ids: see `Masks`, as for `ignore_index` and `threshold`.
+        class_colors: RGB of the classes, in coloured masks and in pictures; None takes a standard palette.
+        ignore_index: see there.
+        threshold: see there.
         resize: how an image becomes the network's input.
         augment: of image and mask in training, before the resize.
         batch_size: per device.
         num_workers: loader processes per device; 0 loads in the main process.
-        seed: of order and augmentation in training.
-        threshold: foreground is above it; None for masks that are binary as they are.
+        seed: of order and augmentation in training, and of the choice of `shots`.
+        shots: trains on that many images only; those of a smaller number are among those of a greater one.
         cache: keeps the training images decoded and resized, `ram` in memory or else in the folder so named;
             the resize then comes before the augmentation instead of after it. None reads the files each time.
+        source: where the data set comes from.
     """
 
-    def __init__(
-        self,
-        name: str,
-        root: str | Path,
-        class_names: Sequence[str],
-        resize: Resize,
-        augment: A.Compose,
-        batch_size: int = 4,
-        num_workers: int = 2,
-        seed: int = 0,
-        threshold: int | None = None,
-        cache: str | None = None,
-    ):
+    name: str
+    root: Path
+    class_names: Sequence[str]
+    resize: Resize
+    augment: A.Compose
+    batch_size: int = 4
+    num_workers: int = 2
+    seed: int = 0
+    class_ids: Sequence[int] | None = None
+    class_colors: Sequence[Sequence[int]] | None = None
+    ignore_index: int | Sequence[int] | None = None
+    threshold: int | None = None
+    shots: int | None = None
+    cache: str | None = None
+    source: Source = field(default_factory=Source)
+
+    def __post_init__(self) -> None:
+        """Check the description of the classes."""
         super().__init__()
-        if len(class_names) != 1:
-            raise ValueError(
-                f"{name}: masks of 0 and 1 hold one class, but dataset.class_names lists {len(class_names)} "
-                f"({', '.join(class_names)}); name the foreground alone"
-            )
-        self.name = name
-        self.root = Path(root)
-        self.class_names = tuple(class_names)
-        self.resize = resize
-        self.augment = augment
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.threshold = threshold
-        self.cache = cache
+        self.root = Path(self.root)  # configs give a str
+        self.masks = Masks(
+            self.class_names, self.class_ids, self.class_colors, self.ignore_index, self.threshold
+        )
         self._listed: dict[Split, list[Pair]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,8 +120,13 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of foreground classes."""
+        """Number of classes; 1 for a foreground alone."""
         return len(self.class_names)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that there are."""
+        return SPLITS
 
     @abstractmethod
     def pairs(self, split: Split) -> list[Pair]:
@@ -107,8 +137,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return [pair.image, pair.mask]
 
     def read(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Load image [h, w, 3] and mask [h, w], 0 or 1; raises what `read_pair` does."""
-        return read_pair(pair, self.threshold)
+        """Load image [h, w, 3] and class ids [h, w]; raises what `read_pair` does."""
+        return read_pair(pair, self.masks)
 
     def setup(self, stage: str) -> None:
         """List the splits of Lightning's stage (`fit`, `validate`, `test`) and check that they are whole.
@@ -135,7 +165,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         pairs, names = self.listed("train"), self.names("train")
         read: Read = self.read
         if self.cache is not None:
-            read = CachedRead(pairs, self.read, self.resize, self.cache, self.threshold)
+            read = CachedRead(pairs, self.read, self.resize, self.cache, self.masks)
         samples = TrainSamples(pairs, names, self.resize, self.augment, read)
         return self._loader(samples, EpochSampler(len(samples), self.seed, *self._rank()))
 
@@ -182,8 +212,38 @@ class SegmentationDataModule(LightningDataModule, ABC):
         if split not in self._listed:
             pairs = self.pairs(split)
             self._check(split, pairs)
-            self._listed[split] = pairs
+            self._listed[split] = self._few(pairs) if split == "train" and self.shots is not None else pairs
         return self._listed[split]
+
+    def incomplete(self) -> list[str]:
+        """Say which splits have not as many images as were published; raises what `setup` does."""
+        counts = {split: len(self.listed(split)) if split in self.splits else 0 for split in SPLITS}
+        found = {key: sum(counts[split] for split in SPLITS if split in key) for key in self.source.images}
+        return [
+            f"{self.name}: {key} has {found[key]} images, {expected} were published"
+            for key, expected in self.source.images.items()
+            if found[key] != expected
+        ]
+
+    def forget(self) -> None:
+        """List the splits anew when they are asked for again; the files have changed."""
+        self._listed = {}
+
+    def _few(self, pairs: list[Pair]) -> list[Pair]:
+        if not 1 <= (shots := self.shots or 0) <= len(pairs):
+            raise ValueError(
+                f"dataset.shots={self.shots} must be 1 to {len(pairs)}, the training images of {self.name}, "
+                "or null for all of them"
+            )
+        order = np.random.default_rng(self.seed).permutation(len(pairs))
+        return [pairs[index] for index in sorted(order[:shots])]
+
+    def absent(self, missing: str) -> FileNotFoundError:
+        """Return the error for a data set that lacks a file or folder which it always has."""
+        return FileNotFoundError(
+            f"{self.name}: no {missing} under {self.root}; run `python -m convlora.prepare "
+            f"dataset={self.name}`, or set data_root=FOLDER_THAT_HOLDS_{self.root.name}"
+        )
 
     def _check(self, split: Split, pairs: list[Pair]) -> None:
         if not pairs:
@@ -200,28 +260,6 @@ class SegmentationDataModule(LightningDataModule, ABC):
         image, count = Counter(pair.image for pair in pairs).most_common(1)[0]
         if count > 1:
             raise ValueError(f"{self.name}: {split} lists {image} {count} times; list each image once")
-
-
-def csv_pairs(csv_path: Path) -> list[Pair]:
-    """List the pairs of a CSV with the columns `image` and `label`, paths relative to the CSV's folder.
-
-    Raises:
-        ValueError: a column is missing, or a row has no value in one.
-    """
-    with csv_path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if not {"image", "label"} <= set(columns):
-            raise ValueError(
-                f"{csv_path} has the columns {', '.join(columns)}; name its two columns image and label"
-            )
-        rows = list(reader)
-    for number, row in enumerate(rows, start=1):
-        if not (row["image"] and row["label"]):
-            raise ValueError(
-                f"{csv_path}: row {number} lacks an image or a label; fill it in or delete the row"
-            )
-    return [Pair(csv_path.parent / row["image"], csv_path.parent / row["label"]) for row in rows]
 
 
 def _limit_threads(worker: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from convlora.data.masks import Masks
 from convlora.data.samples import Pair, Read
 from convlora.data.transforms import Resize
 
@@ -32,14 +33,14 @@ class CachedRead:
         read: loads image and mask of a pair.
         resize: to the network's input.
         cache: `ram`, or a folder.
-        threshold: that `read` applies to masks.
+        masks: how `read` takes mask files.
 
     Raises:
         OSError: there is no room, or the folder cannot be written.
         ValueError: `cache` is empty.
     """
 
-    def __init__(self, pairs: Sequence[Pair], read: Read, resize: Resize, cache: str, threshold: int | None):
+    def __init__(self, pairs: Sequence[Pair], read: Read, resize: Resize, cache: str, masks: Masks):
         if not cache:
             raise ValueError("dataset.cache is empty; set it to ram, to a folder, or to null")
         self.read = read
@@ -55,7 +56,7 @@ class CachedRead:
             self._open()
             return
         folder = Path(cache).expanduser()
-        self.file = folder / f"{_fingerprint(pairs, resize, threshold)}.images"
+        self.file = folder / f"{_fingerprint(pairs, resize, masks)}.images"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.file.exists() or self.file.stat().st_size != self.bytes:
@@ -126,12 +127,12 @@ def _reserve(path: Path, size: int) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def _fingerprint(pairs: Sequence[Pair], resize: Resize, threshold: int | None) -> str:
+def _fingerprint(pairs: Sequence[Pair], resize: Resize, masks: Masks) -> str:
     """Name what the store's content follows from: changed files or settings get a store of their own."""
     files = [
         (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
         for pair in pairs
         for path in (pair.image, pair.mask)
     ]
-    content = json.dumps([FORMAT, repr(resize), threshold, files])
+    content = json.dumps([FORMAT, repr(resize), repr(masks), files])
     return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from convlora.data.base import SPLITS, Pair, SegmentationDataModule, Split, csv_pairs
-from convlora.data.images import IMAGE_SUFFIXES, list_images
+from convlora.data.base import SPLITS, Pair, SegmentationDataModule, Split
+from convlora.data.images import IMAGE_SUFFIXES
+from convlora.data.listing import by_stem, csv_pairs, matched, refuse
 
 
 class Folder(SegmentationDataModule):
@@ -17,6 +18,11 @@ class Folder(SegmentationDataModule):
     - `<root>/<split>/images` and `<root>/<split>/masks`
     - `<root>/images` and `<root>/masks` and no split at all: all of it is the test set
     """
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits found, of a folder without any the test set."""
+        return tuple(split for split in SPLITS if self._has(split)) or ("test",)
 
     def pairs(self, split: Split) -> list[Pair]:
         """List a split by the first layout found.
@@ -34,8 +40,8 @@ class Folder(SegmentationDataModule):
         if (listing := self.root / f"{split}.txt").is_file():
             return self._listed_pairs(listing)
         if (folder := self.root / split).is_dir():
-            return self._all_pairs(folder)
-        if any(self._has(other) for other in SPLITS):
+            return matched(self.name, folder / "images", folder / "masks")
+        if self.splits != ("test",) or self._has("test"):
             raise FileNotFoundError(
                 f"{self.name}: no {split} split under {self.root}; write {split}.txt there with one image "
                 "name per line"
@@ -46,46 +52,22 @@ class Folder(SegmentationDataModule):
                 "write train.txt, val.txt and test.txt there with one image name per line, for instance "
                 '`ls images | awk \'{print > (NR%5>1 ? "train.txt" : NR%5 ? "val.txt" : "test.txt")}\'`'
             )
-        return self._all_pairs(self.root)
+        return matched(self.name, self.root / "images", self.root / "masks")
 
     def _has(self, split: Split) -> bool:
         listings = (self.root / f"{split}.csv", self.root / f"{split}.txt")
         return any(path.is_file() for path in listings) or (self.root / split).is_dir()
 
-    def _all_pairs(self, folder: Path) -> list[Pair]:
-        images, masks = self._by_stem(folder / "images"), self._by_stem(folder / "masks")
-        self._refuse(f"{folder}: {{}} images have no mask", [stem for stem in images if stem not in masks])
-        self._refuse(f"{folder}: {{}} masks have no image", [stem for stem in masks if stem not in images])
-        return [Pair(image, masks[stem]) for stem, image in images.items()]
-
     def _listed_pairs(self, listing: Path) -> list[Pair]:
-        images, masks = self._by_stem(self.root / "images"), self._by_stem(self.root / "masks")
+        images = by_stem(self.name, self.root / "images")
+        masks = by_stem(self.name, self.root / "masks")
         names = _lines(listing)
         # a name with a suffix means that very file, not another of the same stem
         unknown = [n for n in names if _stem(n) not in images or n not in (_stem(n), images[_stem(n)].name)]
-        self._refuse(f"{listing}: {{}} names are not in {self.root / 'images'}", unknown)
-        self._refuse(
-            f"{listing}: {{}} images have no mask", [name for name in names if _stem(name) not in masks]
-        )
+        refuse(self.name, f"{listing}: {{}} names are not in {self.root / 'images'}", unknown)
+        without = [name for name in names if _stem(name) not in masks]
+        refuse(self.name, f"{listing}: {{}} images have no mask", without)
         return [Pair(images[_stem(name)], masks[_stem(name)]) for name in names]
-
-    def _by_stem(self, folder: Path) -> dict[str, Path]:
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{self.name}: no folder {folder}; images and masks lie in folders so named"
-            )
-        files = list_images(folder)
-        by_stem = {file.stem: file for file in files}
-        double = [file.name for file in files if by_stem[file.stem] is not file]
-        self._refuse(f"{folder}: {{}} files share their stem with another", double)
-        return by_stem
-
-    def _refuse(self, complaint: str, names: list[str]) -> None:
-        if names:
-            raise ValueError(
-                f"{self.name}: {complaint.format(len(names))}: {', '.join(names[:3])}; add or remove files "
-                "so that each image has one mask of its stem"
-            )
 
     def _refuse_overlap(self, split: Split) -> None:
         own = self._listing(split)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from convlora.data.images import read_image, read_mask
+from convlora.data.images import read_image
+from convlora.data.masks import Masks
 from convlora.data.transforms import Resize, eval_transform
 
 
@@ -46,8 +47,8 @@ class Batch(NamedTuple):
 
     Attributes:
         images: [n, 3, s, s] float32, normalised.
-        masks: n of [h, w] uint8, 0 or 1: in training transformed with the image (h = w = s), else at the size
-            of the file.
+        masks: n of [h, w] uint8, class ids (0 and 1 if there is one class) and `IGNORED`: in training
+            transformed with the image (h = w = s), else at the size of the file.
         contents: n of (height, width), the area at the top left of the input that the image fills.
         names: n image paths relative to the data set's root, unique within a split.
     """
@@ -156,13 +157,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(torch.stack(images), list(masks), list(contents), list(names))
 
 
-def read_pair(pair: Pair, threshold: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Load image [h, w, 3] and mask [h, w], 0 or 1.
+def read_pair(pair: Pair, masks: Masks) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Load image [h, w, 3] and class ids [h, w].
 
     Raises:
-        ValueError: a file is unusable (see `read_image`, `read_mask`) or their sizes differ.
+        ValueError: a file is unusable (see `read_image`, `Masks`) or their sizes differ.
     """
-    image, mask = read_image(pair.image), read_mask(pair.mask, threshold)
+    image, mask = read_image(pair.image), masks.read(pair.mask)
     if image.shape[:2] != mask.shape:
         raise ValueError(
             f"{pair.image} is {image.shape[1]} x {image.shape[0]} but its mask {pair.mask} is "

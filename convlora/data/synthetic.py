@@ -5,19 +5,16 @@ turned against it, a slight shift in tone and colour, and a shaded edge. Distrac
 colour only, so that neither finds the objects.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import albumentations as A
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
 from convlora.data.base import SPLITS, Pair, SegmentationDataModule, Split
-from convlora.data.transforms import Resize
 
 Array = NDArray[np.float32]
 
@@ -26,49 +23,33 @@ OBJECTS = (0.05, 0.70, 0.17, 0.08)  # share of scenes with 0, 1, 2 and 3 objects
 _SUBPIXEL = 4  # fractional bits of OpenCV's coordinates
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Synthetic(SegmentationDataModule):
     """Scenes drawn when they are read; scene i of a split depends on nothing but `scene_seed`, split and i.
 
-    Args:
+    Attributes:
         train_size: number of scenes.
         val_size: number of scenes.
         test_size: number of scenes.
         size: side of a scene, px.
-        class_names: of the foreground class.
-        resize: see `SegmentationDataModule`, as for the rest.
-        augment: see there.
-        batch_size: see there.
-        num_workers: see there.
-        seed: see there; it does not change the scenes.
-        scene_seed: of all scenes.
+        scene_seed: of all scenes; `seed` does not change them.
     """
 
-    def __init__(
-        self,
-        train_size: int,
-        val_size: int,
-        test_size: int,
-        size: int,
-        class_names: Sequence[str],
-        resize: Resize,
-        augment: A.Compose,
-        batch_size: int = 8,
-        num_workers: int = 2,
-        seed: int = 0,
-        scene_seed: int = 0,
-    ):
-        name = "synthetic"
-        super().__init__(name, name, class_names, resize, augment, batch_size, num_workers, seed)
-        self.sizes = {"train": train_size, "val": val_size, "test": test_size}
-        self.size = size
-        self.scene_seed = scene_seed
+    name: str = "synthetic"
+    root: Path = Path("synthetic")
+    train_size: int
+    val_size: int
+    test_size: int
+    size: int
+    scene_seed: int = 0
 
     def pairs(self, split: Split) -> list[Pair]:
         """Name the scenes of a split by paths at which no file lies."""
         folder = self.root / split
+        sizes = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
         return [
             Pair(folder / "images" / f"{i:05}.png", folder / "masks" / f"{i:05}.png")
-            for i in range(self.sizes[split])
+            for i in range(sizes[split])
         ]
 
     def files(self, pair: Pair) -> list[Path]:

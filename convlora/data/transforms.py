@@ -6,6 +6,8 @@ from typing import Protocol
 import albumentations as A
 import cv2
 
+from convlora import IGNORED
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -75,7 +77,7 @@ class LongestSideResize:
             position="top_left",
             border_mode=cv2.BORDER_CONSTANT,
             fill=0,
-            fill_mask=0,
+            fill_mask=IGNORED,
         )
         return [scale, A.Normalize(IMAGENET_MEAN, IMAGENET_STD), pad]
 

@@ -1,7 +1,9 @@
-"""The wrapper that makes a torchmetrics `Metric` of a per-image score."""
+"""Scores of single images as torchmetrics: sums over images, so that batches and ranks add up exactly."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,61 +11,133 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-Score = Callable[[NDArray[np.uint8], NDArray[np.bool_]], float]
+Gray = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Values = NDArray[np.float64]
+Score = Callable[[Gray, Mask], float]
 
 
-class ImageMean(Metric):
-    """Mean of a score over images; its states are sums, so batches and ranks add up exactly.
+class Sums(Metric, ABC):
+    """Scores that follow from sums over images, exactly whatever the batches and ranks.
 
-    Calling it with one image returns that image's score; `compute` returns the mean over all images so far,
-    NaN where there were none.
+    Calling it with one image returns that image's own scores; `compute` returns those of all images so far.
+    The memory does not grow with the number of images.
 
     Args:
-        score: a pure function of one image's 8-bit probabilities and its mask.
+        size: number of the sums.
     """
 
     full_state_update = False
     is_differentiable = False
+    names: tuple[str, ...]
+    """Of the scores."""
+    multi_class: bool | None = False
+    """Whether it tells several classes apart; None if it does not matter."""
     total: Tensor
     count: Tensor
 
-    def __init__(self, score: Score):
+    def __init__(self, size: int):
         super().__init__()
-        self.score = score
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, prob: Tensor, mask: Tensor) -> None:
-        """Add one image: `prob` uint8 [h, w], `mask` of 0 and 1 [h, w]."""
-        self.total += self.score(prob.cpu().numpy(), mask.cpu().numpy().astype(bool))
+    def update(self, classes: Tensor, prob: Tensor, mask: Tensor) -> None:
+        """Add one image: predicted class ids, 8-bit probabilities and true class ids, each uint8 [h, w]."""
+        found = self.sums(classes.cpu().numpy(), prob.cpu().numpy(), mask.cpu().numpy())
+        self.total += torch.as_tensor(found, dtype=torch.float64, device=self.total.device)
         self.count += 1
 
-    def compute(self) -> Tensor:
-        """Return the mean."""
-        return self.total / self.count
+    def compute(self) -> dict[str, Tensor]:
+        """Return the scores by name, and arrays that belong to them."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = self.scores(self.total.cpu().numpy(), int(self.count))
+        return {name: torch.as_tensor(value, device=self.total.device) for name, value in found.items()}
+
+    @abstractmethod
+    def sums(self, classes: Gray, prob: Gray, mask: Gray) -> Values | Sequence[float]:
+        """Return what is summed of one image, `size` numbers."""
+
+    @abstractmethod
+    def scores(self, total: Values, count: int) -> Mapping[str, Any]:
+        """Return the scores of `count` images by name; NaN where nothing was counted."""
 
 
-def image_means(scores: Mapping[str, str]) -> MetricCollection:
-    """Return a collection of per-image means.
+class ImageMean(Sums):
+    """Mean of a score over images, NaN where there were none.
 
     Args:
-        scores: name in tables and logs -> dotted path of the score function.
+        name: of the score.
+        score: a pure function of one image's 8-bit probabilities and its mask.
+    """
+
+    def __init__(self, name: str, score: Score):
+        super().__init__(size=1)
+        self.names = (name,)
+        self.score = score
+
+    def sums(self, classes: Gray, prob: Gray, mask: Gray) -> Sequence[float]:
+        """Return the image's score."""
+        return [self.score(prob, mask.astype(bool))]
+
+    def scores(self, total: Values, count: int) -> Mapping[str, Any]:
+        """Return the mean."""
+        return {self.names[0]: total[0] / np.float64(count)}
+
+
+class Scores(MetricCollection):
+    """The scores of a field.
+
+    Args:
+        primary: the one that chooses the best checkpoint and ranks images.
+        mode: `max` where a greater primary score is better, else `min`.
+        scores: name -> dotted path of a function of one image, whose mean is taken under that name, or of a
+            `Sums` class, or a `Sums`, whose scores have their own names.
+        class_names: of the data set.
 
     Raises:
-        ValueError: a path names no function.
+        ValueError: a path names nothing, there is no such primary score, or the scores are not for that many
+            classes.
     """
-    return MetricCollection(
-        {name: ImageMean(_find(name, path)) for name, path in scores.items()}, compute_groups=False
-    )
+
+    def __init__(
+        self,
+        primary: str,
+        mode: str,
+        scores: Mapping[str, str | Sums],
+        class_names: Sequence[str] = ("foreground",),
+    ):
+        metrics: dict[str, Any] = {name: _metric(name, score, class_names) for name, score in scores.items()}
+        for name, metric in metrics.items():
+            if metric.multi_class is not None and metric.multi_class != (len(class_names) > 1):
+                raise ValueError(
+                    f"metrics.scores.{name} is for "
+                    f"{'several classes' if metric.multi_class else 'a foreground'}, but the data set has "
+                    f"{len(class_names)} ({', '.join(class_names)}); set "
+                    f"metrics={'binary' if metric.multi_class else 'multiclass'}"
+                )
+        super().__init__(metrics, compute_groups=False)
+        self.primary = primary
+        self.mode = mode
+        self.names = [name for metric in metrics.values() for name in metric.names]
+        if primary not in self.names:
+            raise ValueError(f"metrics.primary={primary} is not one of {', '.join(self.names)}")
+        if mode not in ("min", "max"):
+            raise ValueError(f"metrics.mode={mode} must be min or max")
 
 
-def _find(name: str, path: str) -> Score:
-    module, _, function = path.rpartition(".")
+def _metric(name: str, score: str | Sums, class_names: Sequence[str]) -> Sums:
+    if isinstance(score, Sums):
+        return score
+    module, _, attribute = score.rpartition(".")
     try:
-        score: Score = getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"metrics.scores.{name}: there is no function {path}; give the dotted path of a score, such as "
+            f"metrics.scores.{name}: there is no {score}; give the dotted path of a score, such as "
             "convlora.metrics.overlap.dice"
         ) from error
-    return score
+    if not isinstance(found, type):
+        return ImageMean(name, found)
+    metric = found(class_names) if getattr(found, "needs_class_names", False) else found()
+    assert isinstance(metric, Sums)
+    return metric

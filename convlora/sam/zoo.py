@@ -59,6 +59,10 @@ class Backbone(Protocol):
         """What the frozen image encoder's matrices are held in: float32 or bfloat16."""
 
     @property
+    def head(self) -> str:
+        """How the mask decoder tells classes apart."""
+
+    @property
     def url(self) -> str | None:
         """Where the public checkpoint lies; None where there is none, and random weights are used."""
 
@@ -86,6 +90,7 @@ class SamViT:
             memory and needs autocast to bfloat16, which rounds them so anyway.
         activation_checkpointing: keep only the input of each block of the image encoder for the backward
             pass, and run the block again there; less memory, more time.
+        head: how the mask decoder tells classes apart, see `convlora.segmenter.HEADS`.
         patch_size: side of a patch in pixels.
         window_size: side of a window in tokens.
         decoder_dim: channels of the neck, the prompt encoder and the mask decoder.
@@ -102,6 +107,7 @@ class SamViT:
     url: str | None = None
     frozen_dtype: str = "float32"
     activation_checkpointing: bool = False
+    head: str = "per_class"
     patch_size: int = 16
     window_size: int = 14
     decoder_dim: int = 256
@@ -161,6 +167,7 @@ class MobileSam:
             memory and needs autocast to bfloat16, which rounds them so anyway.
         activation_checkpointing: keep only the input of each block of the image encoder for the backward
             pass, and run the block again there; less memory, more time.
+        head: how the mask decoder tells classes apart, see `convlora.segmenter.HEADS`.
     """
 
     name: str
@@ -169,6 +176,7 @@ class MobileSam:
     url: str | None = None
     frozen_dtype: str = "float32"
     activation_checkpointing: bool = False
+    head: str = "per_class"
 
     def __post_init__(self) -> None:
         _check_image_size(self.name, self.image_size, TinyViTEncoder.stride)
