@@ -31,7 +31,7 @@ class SegmentationTask(LightningModule):
         seed: of the random numbers drawn in training steps.
 
     Attributes:
-        arrays: what the scores of the last test gave besides numbers, by name.
+        arrays: what the scores of the last epoch gave besides numbers, by name.
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -118,22 +118,17 @@ class SegmentationTask(LightningModule):
             mean_loss.update(self.loss(native[None], mask[None, None]))
             found = to_prediction(native)
             values = scores(found.classes.cpu(), found.prob.cpu(), mask.cpu())
-            rows[name] = {
-                key.removeprefix(f"{stage}/"): value.item()
-                for key, value in values.items()
-                if value.ndim == 0
-            }
+            rows[name] = {key: values[f"{stage}/{key}"].item() for key in scores.names}
         return rows
 
     def _log_scores(self, stage: str) -> None:
         scores, mean_loss = self._metrics(stage)
         self.log(f"{stage}/loss", mean_loss.compute())
-        self.arrays = {}
-        for name, value in scores.compute().items():
-            if value.ndim == 0:
-                self.log(name, value.float(), prog_bar=name == f"val/{scores.primary}")
-            else:
-                self.arrays[name.removeprefix(f"{stage}/")] = value.cpu().numpy()
+        values = scores.compute()
+        for name in scores.names:
+            value = values.pop(f"{stage}/{name}").float()
+            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name == scores.primary)
+        self.arrays = {name.removeprefix(f"{stage}/"): value.cpu().numpy() for name, value in values.items()}
         mean_loss.reset()
         scores.reset()
 

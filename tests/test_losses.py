@@ -1,8 +1,47 @@
 import pytest
 import torch
-from conftest import golden
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT, golden
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
-from convlora.losses import NEIGHBOURHOOD, StructureLoss, local_mean
+from convlora import IGNORED
+from convlora.build import make
+from convlora.losses import (
+    NEIGHBOURHOOD,
+    BalancedBceLoss,
+    BceDiceLoss,
+    CrossEntropyDiceLoss,
+    FocalDiceLoss,
+    StructureLoss,
+    local_mean,
+)
+
+FILES = sorted(path.stem for path in (ROOT / "conf/loss").glob("*.yaml"))
+each_loss = pytest.mark.parametrize("name", FILES)
+
+
+def build(name: str) -> nn.Module:
+    loss: nn.Module = make("loss", yaml.safe_load((ROOT / f"conf/loss/{name}.yaml").read_text()))
+    return loss
+
+
+def sample(name: str, seed: int = 0, n: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    classes = 4 if name == "cross_entropy_dice" else 1
+    logits = torch.randn(n, classes, 40, 33, generator=generator)
+    masks = torch.randint(
+        0, max(2, classes - 1), (n, 1, 8, 11), generator=generator
+    )  # one class is in no mask
+    return logits, F.interpolate(masks.to(torch.uint8), (40, 33))
+
+
+def sure(name: str, masks: Tensor) -> Tensor:
+    """Logits that say what the masks do."""
+    if name == "cross_entropy_dice":
+        return 60 * F.one_hot(masks[:, 0].long(), 4).movedim(-1, 1).float()
+    return 60 * (masks.float() - 0.5)
 
 
 @pytest.mark.parametrize(("boundary_weighted", "name"), [(True, "as_published"), (False, "as_released")])
@@ -12,11 +51,127 @@ def test_structure_loss_equals_reference(boundary_weighted: bool, name: str) -> 
     torch.testing.assert_close(found, arrays[name], rtol=0, atol=1e-5)
 
 
-def test_structure_loss_vanishes_for_a_sure_and_right_prediction() -> None:
-    mask = torch.zeros(2, 1, 40, 40)
-    mask[:, :, 10:30, 5:25] = 1
-    for boundary_weighted in (True, False):
-        assert StructureLoss(boundary_weighted)(40 * (mask - 0.5), mask) < 1e-6
+def soft_dice(probs: Tensor, target: Tensor) -> Tensor:
+    """Of one image."""
+    return 1 - (2 * (probs * target).sum() + 1) / (probs.sum() + target.sum() + 1)
+
+
+def test_bce_dice_equals_its_parts() -> None:
+    logits, masks = sample("bce_dice")
+    target = masks.float()
+    dice = [soft_dice(torch.sigmoid(x), t) for x, t in zip(logits, target, strict=True)]
+    expected = F.binary_cross_entropy_with_logits(logits, target) + torch.stack(dice).mean()
+    torch.testing.assert_close(BceDiceLoss()(logits, masks), expected)
+
+
+@pytest.mark.parametrize(("gamma", "alpha"), [(2.0, 0.25), (0.0, 0.5), (3.5, 0.9)])
+def test_focal_dice_equals_torchvision_and_dice(gamma: float, alpha: float) -> None:
+    logits, masks = sample("focal_dice")
+    target = masks.float()
+    dice = [soft_dice(torch.sigmoid(x), t) for x, t in zip(logits, target, strict=True)]
+    expected = sigmoid_focal_loss(logits, target, alpha, gamma, "mean") + torch.stack(dice).mean()
+    torch.testing.assert_close(FocalDiceLoss(gamma, alpha)(logits, masks), expected)
+
+
+@pytest.mark.parametrize(("gamma", "alpha"), [(-1.0, 0.25), (2.0, 1.5)])
+def test_focal_parameters_out_of_range_are_refused(gamma: float, alpha: float) -> None:
+    with pytest.raises(ValueError, match=rf"loss\.gamma={gamma} .* loss\.alpha={alpha}"):
+        FocalDiceLoss(gamma, alpha)
+
+
+def test_balanced_bce_equals_the_weights_of_hed() -> None:
+    """One pixel of shadow against three; the weights 3/4 and 1/4 add up to 3/2."""
+    masks = torch.tensor([[[[1, 0], [0, 0]]]], dtype=torch.uint8)
+    logits = torch.tensor([[[[0.3, -1.0], [2.0, 0.5]]]])
+    each = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none")[0, 0]
+    expected = (0.75 * each[0, 0] + 0.25 * (each[0, 1] + each[1, 0] + each[1, 1])) / 1.5
+    torch.testing.assert_close(BalancedBceLoss()(logits, masks), expected)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_balanced_bce_of_one_kind_of_pixels_is_the_plain_mean(value: int) -> None:
+    logits, masks = sample("balanced_bce")
+    masks = torch.full_like(masks, value)
+    expected = F.binary_cross_entropy_with_logits(logits, masks.float())
+    torch.testing.assert_close(BalancedBceLoss()(logits, masks), expected)
+
+
+def test_cross_entropy_dice_equals_pytorch_and_dice_over_the_classes_there() -> None:
+    logits, masks = sample("cross_entropy_dice")
+    masks[0, 0, :5] = IGNORED
+    images = []
+    for x, m in zip(logits, masks[:, 0].long(), strict=True):
+        valid = m != IGNORED
+        probs = torch.softmax(x, 0)[:, valid]
+        dice = [soft_dice(probs[c], (m[valid] == c).float()) for c in m[valid].unique().tolist()]
+        entropy = F.cross_entropy(x[None], m[None], ignore_index=IGNORED)
+        images.append(entropy + torch.stack(dice).mean())
+    torch.testing.assert_close(CrossEntropyDiceLoss()(logits, masks), torch.stack(images).mean())
+
+
+@each_loss
+def test_loss_vanishes_for_a_sure_and_right_prediction(name: str) -> None:
+    _, masks = sample(name)
+    assert build(name)(sure(name, masks), masks) < 1e-6
+
+
+@each_loss
+def test_loss_is_the_mean_over_images(name: str) -> None:
+    logits, masks = sample(name)
+    loss = build(name)
+    each = [loss(logits[i : i + 1], masks[i : i + 1]) for i in range(len(logits))]
+    torch.testing.assert_close(loss(logits, masks), torch.stack(each).mean())
+
+
+@each_loss
+def test_ignored_pixels_count_for_nothing(name: str) -> None:
+    """They have no gradient, and neither their logits nor, far enough away, their number matter."""
+    logits, masks = sample(name)
+    masks[:, :, 30:] = IGNORED
+    loss = build(name)
+    logits.requires_grad_()
+    loss(logits, masks).backward()
+    assert logits.grad is not None
+    assert (logits.grad[:, :, 30:] == 0).all()
+    assert (logits.grad[:, :, :30] != 0).any()
+    other = logits.detach().clone()
+    other[:, :, 30:] += 100
+    torch.testing.assert_close(loss(other, masks), loss(logits, masks).detach())
+    if name != "structure":  # whose weights look beyond
+        cropped = loss(logits[:, :, :30], masks[:, :, :30])
+        torch.testing.assert_close(loss(logits, masks), cropped)
+
+
+@each_loss
+@pytest.mark.parametrize("value", [0, 1, IGNORED])
+def test_degenerate_masks_give_finite_losses_and_gradients(name: str, value: int) -> None:
+    logits, masks = sample(name)
+    logits.requires_grad_()
+    found = build(name)(logits, torch.full_like(masks, value))
+    found.backward()
+    assert logits.grad is not None
+    assert torch.isfinite(found)
+    assert torch.isfinite(logits.grad).all()
+    if value == IGNORED:
+        assert found == 0
+        assert (logits.grad == 0).all()
+
+
+@each_loss
+def test_loss_is_computed_in_full_precision(name: str) -> None:
+    logits, masks = sample(name)
+    big = F.interpolate(logits, (512, 512)).half()  # whose sums overflow half precision
+    found = build(name)(big, F.interpolate(masks, (512, 512)))
+    assert found.dtype == torch.float32
+    assert torch.isfinite(found)
+
+
+@each_loss
+def test_wrong_number_of_classes_is_named_with_the_way_out(name: str) -> None:
+    logits, masks = sample("structure" if name == "cross_entropy_dice" else "cross_entropy_dice")
+    way_out = "structure" if name == "cross_entropy_dice" else "cross_entropy_dice"
+    with pytest.raises(ValueError, match=f"set loss={way_out}"):
+        build(name)(logits, masks)
 
 
 def test_structure_loss_of_an_empty_mask_falls_with_the_false_area() -> None:
@@ -24,13 +179,6 @@ def test_structure_loss_of_an_empty_mask_falls_with_the_false_area() -> None:
     quiet, loud = torch.full_like(mask, -8), torch.full_like(mask, -8)
     loud[..., :20, :] = 8
     assert StructureLoss()(quiet, mask) < 0.5 < StructureLoss()(loud, mask)
-
-
-def test_structure_loss_is_computed_in_full_precision() -> None:
-    mask = torch.ones(1, 1, 512, 512)  # its weighted sums overflow half precision
-    loss = StructureLoss()(torch.zeros(1, 1, 512, 512, dtype=torch.float16), mask.to(torch.uint8))
-    assert loss.dtype == torch.float32
-    assert torch.isfinite(loss)
 
 
 def test_local_mean_equals_the_square_window() -> None:

@@ -12,7 +12,7 @@ from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA
 from convlora.peft.selective import DecoderOnly
 from convlora.sam.zoo import MobileSam, SamViT
-from convlora.segmenter import Segmenter, restore_size, to_gray
+from convlora.segmenter import Segmenter, restore_size, to_prediction
 
 
 def name_it(name: str) -> Callable[[str], str]:
@@ -134,9 +134,45 @@ def test_restored_logits_cover_the_image_and_not_the_padding() -> None:
     assert (native[:, :, 42:] < 0).all()
 
 
-def test_gray_is_at_least_128_exactly_where_the_probability_is_at_least_one_half() -> None:
-    logits = torch.tensor([-20.0, -1e-3, 0.0, 1e-3, 20.0])
-    assert to_gray(logits).tolist() == [0, 127, 128, 128, 255]
+def test_foreground_is_found_exactly_where_its_probability_is_at_least_one_half() -> None:
+    found = to_prediction(torch.tensor([[[-20.0, -1e-3, 0.0, 1e-3, 20.0]]]))
+    assert found.prob.tolist() == [[0, 127, 128, 128, 255]]
+    assert found.classes.tolist() == [[0, 0, 1, 1, 1]]
+
+
+def test_of_several_classes_the_likeliest_is_found_with_its_probability() -> None:
+    logits = torch.tensor([[0.0, 3.0], [0.0, 0.0], [9.0, 0.0]])[:, None]
+    found = to_prediction(logits)
+    assert found.classes.tolist() == [[2, 0]]
+    expected = (torch.softmax(logits, 0).amax(0) * 255).round().to(torch.uint8)
+    assert torch.equal(found.prob, expected)
+
+
+def test_each_class_starts_from_the_token_for_unambiguous_prompts(tiny: SamViT) -> None:
+    sam = tiny.build()
+    token = sam.mask_decoder.mask_tokens.weight[0].clone()
+    segmenter = Segmenter(sam, DecoderOnly(), num_masks=5).eval()
+    assert all(torch.equal(row, token) for row in segmenter.mask_decoder.mask_tokens.weight)
+    logits = segmenter(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 5, 32, 32)
+    torch.testing.assert_close(logits, logits[:, :1].expand_as(logits))
+
+
+def test_classes_part_after_one_step(tiny: SamViT) -> None:
+    torch.manual_seed(0)
+    segmenter = Segmenter(tiny.build(), DecoderOnly(), num_masks=3)
+    images, ids = torch.randn(1, 3, 32, 32), torch.randint(0, 3, (1, 32, 32))
+    optimizer = torch.optim.SGD(segmenter.mask_decoder.parameters(), lr=0.1)
+    torch.nn.functional.cross_entropy(segmenter(images), ids).backward()
+    assert all(p.grad is not None for p in segmenter.mask_decoder.output_hypernetworks_mlps.parameters())
+    optimizer.step()
+    logits = segmenter(images)
+    assert (logits[:, 0] - logits[:, 1]).abs().max() > 1e-4
+
+
+def test_unknown_head_is_refused(tiny: SamViT) -> None:
+    with pytest.raises(ValueError, match=r"model\.head=query must be one of per_class"):
+        Segmenter(tiny.build(), DecoderOnly(), head="query")
 
 
 @pytest.mark.slow

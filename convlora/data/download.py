@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from convlora.data.base import Source
 
 MEBIBYTE = 2**20
+CHUNK = 2**16  # bytes; a broken connection loses one
 TRIES = 5
 PAUSE = 1.0  # seconds before the second try, twice as long before each further one
 TIMEOUTS = (10.0, 60.0)  # seconds to connect, and without a byte
@@ -79,12 +81,14 @@ def unpack(name: str, archive: Path, folder: Path) -> None:
             for member in members:
                 _check_member(name, archive, member)
             files = [member for member in members if not member.skipped]
+            folder.mkdir(parents=True, exist_ok=True)
             _check_room(name, folder, sum(member.size for member in files))
             for member in files:
                 _write(folder / member.path, member)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{name}: {archive} is damaged or no zip or tar archive ({error}); delete it and run again"
+            f"{name}: {archive} is damaged or no zip or tar archive ({reason}); delete it and run again"
         ) from error
 
 
@@ -236,7 +240,7 @@ def _continue(name: str, url: str, part: Path) -> None:
             total = start + int(length) if length is not None else None
             shown = {"desc": name, "unit": "B", "unit_scale": True, "disable": not sys.stderr.isatty()}
             with tqdm(total=total, initial=start, **shown) as bar:
-                for chunk in response.iter_content(MEBIBYTE):
+                for chunk in response.iter_content(CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:

@@ -23,7 +23,7 @@ def mae(prob: Gray, mask: Mask) -> float:
 
 def s_measure(prob: Gray, mask: Mask) -> float:
     """Structure measure, alpha 0.5 (Fan et al., ICCV 2017); on an empty mask 1 - mean of the map."""
-    return float(_last(py_sod_metrics.Smeasure(), prob, mask).sms[-1])
+    return float(_last(_Smeasure(), prob, mask).sms[-1])
 
 
 def weighted_f_measure(prob: Gray, mask: Mask) -> float:
@@ -34,6 +34,13 @@ def weighted_f_measure(prob: Gray, mask: Mask) -> float:
 def context_measure(prob: Gray, mask: Mask) -> float:
     """Context-measure with beta^2 = 1, alpha 6 (Wang et al. 2025, arXiv:2512.07076); 0 on an empty mask."""
     return float(_last(py_sod_metrics.ContextMeasure(), prob, mask).scores[-1])
+
+
+class _Smeasure(py_sod_metrics.Smeasure):  # type: ignore[misc]
+    """Where an object's centre lies on the last row or column, a quarter is empty and has the weight 0."""
+
+    def ssim(self, pred: Values, gt: Mask) -> float:
+        return float(super().ssim(pred, gt)) if pred.size else 0.0
 
 
 class Curve(Sums):

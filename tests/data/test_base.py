@@ -8,7 +8,8 @@ import torch
 from lightning import LightningModule, Trainer
 from PIL import Image
 
-from convlora.data.base import Batch, Pair, SegmentationDataModule, Split, csv_pairs
+from convlora.data.base import Batch, Pair, SegmentationDataModule, Split
+from convlora.data.listing import csv_pairs
 from convlora.data.samples import EpochSampler
 from convlora.data.transforms import LongestSideResize, Resize, SquareResize
 
@@ -37,7 +38,15 @@ def quadrants(
     root: Path, augment: A.Compose | None = None, resize: Resize = SQUARE, num_workers: int = 0
 ) -> Quadrants:
     augment = A.Compose([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]) if augment is None else augment
-    return Quadrants("quadrants", root, ["top_left"], resize, augment, 4, num_workers, seed=3)
+    return Quadrants(
+        name="quadrants",
+        root=root,
+        class_names=["top_left"],
+        resize=resize,
+        augment=augment,
+        num_workers=num_workers,
+        seed=3,
+    )
 
 
 def train_epoch(data: Quadrants, epoch: int) -> list[Batch]:

@@ -1,5 +1,6 @@
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import albumentations as A
@@ -10,6 +11,7 @@ from PIL import Image
 
 from convlora.data.base import Batch, Pair, SegmentationDataModule, Split
 from convlora.data.cache import CachedRead
+from convlora.data.masks import Masks
 from convlora.data.samples import read_pair
 from convlora.data.transforms import LongestSideResize, Resize, SquareResize
 
@@ -43,7 +45,16 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def noise(root: Path, cache: str | None, resize: Resize, augment: A.Compose, num_workers: int = 0) -> Noise:
-    return Noise("noise", root, ["object"], resize, augment, 3, num_workers, cache=cache)
+    return Noise(
+        name="noise",
+        root=root,
+        class_names=["object"],
+        resize=resize,
+        augment=augment,
+        batch_size=3,
+        num_workers=num_workers,
+        cache=cache,
+    )
 
 
 def epochs(data: Noise, count: int = 1) -> list[Batch]:
@@ -138,8 +149,9 @@ def test_damaged_store_is_made_anew(root: Path, tmp_path: Path) -> None:
 
 def test_too_little_room_is_named(root: Path) -> None:
     pairs = [Pair(root / f"{i}.png", root / f"{i}_mask.png") for i in range(COUNT)]
+    masks = Masks(["object"])
     with pytest.raises(OSError, match=r"needs \d+.\d GiB for 7 images, .* GiB left; .* dataset.cache=FOLDER"):
-        CachedRead(pairs, read_pair, SquareResize(2**22), "ram", None)
+        CachedRead(pairs, partial(read_pair, masks=masks), SquareResize(2**22), "ram", masks)
 
 
 def test_folder_that_cannot_be_made_is_named(root: Path) -> None:

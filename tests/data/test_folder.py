@@ -10,7 +10,14 @@ from convlora.data.transforms import SquareResize
 
 
 def folder(root: Path) -> Folder:
-    return Folder("folder", root, ["foreground"], SquareResize(8), A.Compose([]), num_workers=0)
+    return Folder(
+        name="folder",
+        root=root,
+        class_names=["foreground"],
+        resize=SquareResize(8),
+        augment=A.Compose([]),
+        num_workers=0,
+    )
 
 
 def fill(root: Path, images: str, masks: str | None = None) -> Path:

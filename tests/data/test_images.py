@@ -5,7 +5,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlora.data.images import list_images, read_image, read_mask
+from convlora.data.images import list_images, read_image
+from convlora.data.masks import read_binary
 
 ORIENTATION, TURN_LEFT = 0x0112, 8  # shown upright after a quarter turn to the left
 
@@ -72,7 +73,7 @@ def test_float_pixels_are_refused(tmp_path: Path) -> None:
 def test_exif_turns_image_and_mask_alike(tmp_path: Path, rgb: NDArray[np.uint8]) -> None:
     image = read_image(save(tmp_path / "a.png", rgb, exif=TURN_LEFT))
     binary = (rgb[..., 0] > 127).astype(np.uint8)
-    mask = read_mask(save(tmp_path / "b.png", binary * 255, exif=TURN_LEFT))
+    mask = read_binary(save(tmp_path / "b.png", binary * 255, exif=TURN_LEFT))
     assert np.array_equal(image, np.rot90(rgb))
     assert np.array_equal(mask, np.rot90(binary))
 
@@ -82,7 +83,7 @@ def test_truncated_file_is_named(tmp_path: Path, suffix: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = save(tmp_path / f"a{suffix}", noise)
     path.write_bytes(path.read_bytes()[:2000])
-    for read in (read_image, read_mask):
+    for read in (read_image, read_binary):
         with pytest.raises(ValueError, match=rf"a\{suffix}: cannot be decoded .* leave it out of the split"):
             read(path)
 
@@ -97,66 +98,6 @@ def test_text_file_is_refused(tmp_path: Path) -> None:
 def test_missing_file_stays_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"a\.png"):
         read_image(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("high", [1, 255])
-def test_any_binary_coding_gives_the_same_mask(tmp_path: Path, high: int) -> None:
-    binary = np.eye(4, dtype=np.uint8)
-    coded = binary * np.uint8(high)
-    files = [
-        save(tmp_path / "grey.png", coded),
-        save(tmp_path / "rgb.png", np.dstack([coded] * 3)),
-        save(tmp_path / "rgba.png", np.dstack([coded] * 3 + [np.full_like(coded, 255)])),
-        save(tmp_path / "bit.png", binary.astype(bool)),
-        save(tmp_path / "wide.png", binary.astype(np.uint16) * 65535),
-    ]
-    for file in files:
-        assert np.array_equal(read_mask(file), binary), file.name
-
-
-def test_palette_mask_is_read_by_index(tmp_path: Path) -> None:
-    binary = np.eye(4, dtype=np.uint8)
-    image = Image.fromarray(binary).copy()
-    image = Image.frombytes("P", image.size, binary.tobytes())
-    image.putpalette([255, 255, 0, 0, 0, 128])  # the background is the brighter colour
-    image.save(tmp_path / "a.png")
-    assert np.array_equal(read_mask(tmp_path / "a.png"), binary)
-
-
-@pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 1), (255, 1)])
-def test_constant_mask_is_all_background_or_all_foreground(tmp_path: Path, value: int, expected: int) -> None:
-    mask = read_mask(save(tmp_path / "a.png", np.full((3, 4), value, dtype=np.uint8)))
-    assert np.array_equal(mask, np.full((3, 4), expected))
-
-
-def test_grey_mask_is_refused_with_its_values_and_the_way_out(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png", np.array([[0, 3, 128, 255]], dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"a\.png: .* 0, 3, 128, 255, .*dataset\.threshold=127"):
-        read_mask(path)
-
-
-def test_1_and_255_are_no_binary_mask(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png", np.array([[1, 255]], dtype=np.uint8))
-    with pytest.raises(ValueError, match="the mask has the values 1, 255"):
-        read_mask(path)
-
-
-def test_threshold_takes_what_is_strictly_above(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png", np.array([[0, 127, 128, 255]], dtype=np.uint8))
-    assert read_mask(path, threshold=127).tolist() == [[0, 0, 1, 1]]
-
-
-@pytest.mark.parametrize("threshold", [None, 127])
-def test_colour_mask_is_refused(tmp_path: Path, threshold: int | None) -> None:
-    path = save(tmp_path / "a.png", np.array([[[255, 0, 0], [0, 0, 0]]], dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"a\.png: a colour mask, .* class ids"):
-        read_mask(path, threshold)
-
-
-def test_mask_in_the_alpha_channel_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png", np.array([[[0, 0, 0, 255], [0, 0, 0, 0]]], dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"a\.png: the mask differs only in its alpha channel"):
-        read_mask(path)
 
 
 def test_images_are_listed_in_natural_order_without_hidden_ones(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convlora import IGNORED
+from convlora.draw import (
+    FALSE,
+    MISSED,
+    OUTLINE,
+    Row,
+    add_legend,
+    colors_of,
+    draw_classes,
+    draw_confusion,
+    draw_contours,
+    draw_page,
+    draw_reliability,
+    draw_sheet,
+    error_map,
+    paint,
+    shrink,
+)
+
+COLORS = {"land": [10, 20, 30], "sea": [0, 0, 255], "road": [255, 0, 0]}
+
+
+def test_error_map_of_a_foreground_marks_missed_and_false_pixels() -> None:
+    image = np.full((2, 2, 3), 90, np.uint8)
+    mask = np.array([[1, 1], [0, 0]], np.uint8)
+    classes = np.array([[1, 0], [1, 0]], np.uint8)
+    picture = error_map(image, mask, classes, binary=True)
+    assert tuple(picture[0, 1]) == MISSED
+    assert tuple(picture[1, 0]) == FALSE
+    assert (picture[[0, 1], [0, 1]] == 30).all()
+
+
+def test_error_map_of_classes_marks_wrong_ones_and_no_ignored_ones() -> None:
+    image = np.full((1, 3, 3), 90, np.uint8)
+    mask, classes = np.array([[2, 1, IGNORED]], np.uint8), np.array([[2, 0, 0]], np.uint8)
+    picture = error_map(image, mask, classes, binary=False)
+    assert tuple(picture[0, 1]) == FALSE
+    assert (picture[0, [0, 2]] == 30).all()
+
+
+def test_contours_outline_the_mask_and_leave_the_rest_alone() -> None:
+    image = np.full((40, 40, 3), 100, np.uint8)
+    found = np.zeros((40, 40), bool)
+    found[10:30, 10:30] = True
+    picture = draw_contours(image, found)
+    assert tuple(picture[10, 15]) == OUTLINE
+    assert (picture[:8] == 100).all()
+    assert (image == 100).all()
+
+
+def test_classes_are_painted_in_their_colours() -> None:
+    ids = np.array([[0, 1, 2, IGNORED]], np.uint8)
+    assert paint(ids, COLORS)[0, :3].tolist() == list(COLORS.values())
+    assert paint(ids[:, :2], {"object": [1, 2, 3]}).tolist() == [[[0] * 3, [255] * 3]]
+
+
+def test_overlays_tint_every_class_but_what_is_ignored() -> None:
+    image = np.full((30, 60, 3), 100, np.uint8)
+    ids = np.repeat(np.array([[0, 1, IGNORED]], np.uint8), 30, axis=0).repeat(20, axis=1)
+    picture = draw_classes(image, ids, COLORS)
+    assert (picture[10:20, 45:55] == 100).all()
+    assert tuple(picture[15, 30]) == (55, 55, 169)
+    assert tuple(picture[15, 20]) == (0, 0, 255)  # outline
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 20, 60])
+def test_standard_colours_differ(count: int) -> None:
+    names = [f"class {i}" for i in range(count)]
+    colors = colors_of(names, None)
+    assert list(colors) == names
+    assert len({tuple(color) for color in colors.values()}) == count
+    assert all(0 <= channel <= 255 for color in colors.values() for channel in color)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (600, 300), (300, 1600)])
+def test_legend_names_every_colour_below_the_picture(size: tuple[int, int]) -> None:
+    picture = np.full((*size, 3), 7, np.uint8)
+    labelled = add_legend(picture, COLORS)
+    assert np.array_equal(labelled[: size[0]], picture)
+    strip = labelled[size[0] :].reshape(-1, 3)
+    for color in COLORS.values():
+        assert (strip == color).all(axis=1).any()
+
+
+def test_shrinking_keeps_class_ids_and_small_pictures() -> None:
+    ids = np.random.default_rng(0).choice(np.array([0, 3, IGNORED], np.uint8), (90, 50))
+    small = shrink(ids, 30)
+    assert small.shape == (30, 17)
+    assert set(np.unique(small)) <= {0, 3, IGNORED}
+    assert np.array_equal(shrink(ids, 100), ids)
+
+
+def test_pages_and_plots_are_pictures_that_open(tmp_path: Path) -> None:
+    image = np.full((20, 30, 3), 90, np.uint8)
+    ids = np.zeros((20, 30), np.uint8)
+    row = Row("sample", image, ids, ids, ids, "miou 0.5")
+    draw_page([row, row], COLORS, tmp_path / "classes.png")
+    draw_page([row], {"object": [1, 2, 3]}, tmp_path / "binary.png")
+    draw_sheet([("a", image)] * 7, COLORS, tmp_path / "sheet.png")
+    bins = np.array([[0.1, np.nan], [0.2, np.nan], [1.0, 0.0]])
+    draw_reliability(bins, 0.1, tmp_path / "reliability.png")
+    draw_confusion(np.array([[3, 1], [0, 0]]), ["a", "b"], tmp_path / "confusion.png")
+    for name in ("classes", "binary", "sheet", "reliability", "confusion"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+            assert len(set(picture.convert("L").tobytes())) > 1
