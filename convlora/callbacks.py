@@ -159,14 +159,15 @@ class Overlays(Callback):
             return value if scores.mode == "max" else -value
 
         ranked = sorted(names, key=goodness)
-        chosen = [("sample", names[i]) for i in _spread(len(names), FIXED)]
-        chosen += [("best", name) for name in ranked[: -EXTREME - 1 : -1]]
-        chosen += [("worst", name) for name in ranked[:EXTREME]]
+        titles = {names[i]: ["sample"] for i in _spread(len(names), FIXED)}
+        for title, extremes in (("best", ranked[: -EXTREME - 1 : -1]), ("worst", ranked[:EXTREME])):
+            for name in extremes:
+                titles.setdefault(name, []).append(title)
         rows = []
-        for title, name in chosen:
+        for name, roles in titles.items():
             _, image, mask, found = _predict(trainer, pl_module, "test", order[name])
             score = f"{scores.primary} {self.table.rows[name][scores.primary]:.3f}"
-            label = f"{title}: {Path(name).name}"
+            label = f"{', '.join(roles)}: {Path(name).name}"
             rows.append(draw.Row(label, image, mask, _array(found.classes), _array(found.prob), score))
         draw.draw_page(rows, draw.colors_of(data.class_names, data.class_colors), self.path)
 

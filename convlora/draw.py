@@ -168,22 +168,22 @@ def draw_sheet(titled: Sequence[tuple[str, Picture]], colors: Mapping[str, Color
 
 
 def draw_reliability(bins: NDArray[np.float64], error: float, path: Path) -> None:
-    """Draw how often predictions are right against how sure they are.
+    """Draw how often predictions come true against how sure they are.
 
     Args:
-        bins: mean confidence, share correct and share of the pixels [3, bins]; NaN in empty bins.
+        bins: mean probability, share that came true and share of the pixels [3, bins]; NaN in empty ones.
         error: expected calibration error.
         path: PNG.
     """
-    confidence, correct, share = bins
+    probability, true, share = bins
     figure = Figure(figsize=(5, 5.6), layout="constrained")
     curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     curve.plot([0, 1], [0, 1], color="grey", linewidth=1, label="perfectly calibrated")
     seen = share > 0
-    curve.plot(confidence[seen], correct[seen], marker="o", label=f"calibration error {error:.4f}")
-    curve.set(ylabel="share correct", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    curve.plot(probability[seen], true[seen], marker="o", label=f"calibration error {error:.4f}")
+    curve.set(ylabel="share that came true", xlim=(0, 1), ylim=(0, 1))
     curve.legend(loc="upper left")
-    counts.bar(confidence[seen], share[seen], width=0.8 / len(share))
+    counts.bar(probability[seen], share[seen], width=0.8 / len(share))
     counts.set(xlabel="predicted probability", ylabel="share of pixels", yscale="log")
     figure.savefig(path, dpi=100)
 

@@ -111,7 +111,7 @@ def check(sets: Sequence[SegmentationDataModule], output: Path) -> bool:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("check", total=sum(len(pairs) for _, pairs in listed))
         facts, unreadable = examine(listed, lambda: progress.advance(bar))
-    findings += [*unreadable, *judge(facts, first.num_classes)]
+    findings += [*unreadable, *judge(facts, first.class_names)]
     summary = summarise(facts, first.class_names)
     report: dict[str, Any] = {"dataset": first.name, "root": str(first.root), "splits": summary}
     report["findings"] = [asdict(finding) for finding in findings]

@@ -122,9 +122,9 @@ def examine(
     return facts, [each for each in found if isinstance(each, Finding)]
 
 
-def judge(facts: Sequence[Facts], num_classes: int) -> list[Finding]:
+def judge(facts: Sequence[Facts], class_names: Sequence[str]) -> list[Finding]:
     """Find the same image twice, empty and inverted masks, and classes that never occur."""
-    return [*_find_copies(facts), *_judge_masks(facts, num_classes)]
+    return [*_find_copies(facts), *_judge_masks(facts, class_names)]
 
 
 def summarise(facts: Sequence[Facts], class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -215,7 +215,7 @@ def _near_copies(facts: Sequence[Facts]) -> list[tuple[int, int]]:
     return copies
 
 
-def _judge_masks(facts: Sequence[Facts], num_classes: int) -> list[Finding]:
+def _judge_masks(facts: Sequence[Facts], class_names: Sequence[str]) -> list[Finding]:
     findings = []
     empty = [each.name for each in facts if _is_empty(each)]
     if empty:
@@ -223,7 +223,7 @@ def _judge_masks(facts: Sequence[Facts], num_classes: int) -> list[Finding]:
             f"{len(empty)} masks of {len(facts)} are empty: {_first(empty)}; is nothing there to be found?"
         )
         findings.append(Finding("warning", "empty mask", message, empty))
-    if num_classes == 1:
+    if len(class_names) == 1:
         inverted = [each.name for each in facts if each.border >= INVERTED_BORDER and each.classes[0] > 0]
         if inverted:
             message = (
@@ -232,9 +232,9 @@ def _judge_masks(facts: Sequence[Facts], num_classes: int) -> list[Finding]:
             )
             findings.append(Finding("warning", "inverted mask", message, inverted))
     elif facts:
-        pixels = np.sum([each.classes for each in facts], axis=0)[:num_classes]
+        pixels = np.sum([each.classes for each in facts], axis=0)[: len(class_names)]
         for index in np.flatnonzero(pixels == 0):
-            message = f"class {index} of dataset.class_names is in no mask; is the list right?"
+            message = f"class {class_names[index]} is in no mask; is dataset.class_names right?"
             findings.append(Finding("warning", "absent class", message))
     sizes = Counter(min(each.size) for each in facts)
     if tiny := sum(count for size, count in sizes.items() if size < THUMBNAIL):

@@ -125,7 +125,7 @@ def test_a_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Pa
 def test_the_next_run_goes_on_too(server: Server, tmp_path: Path) -> None:
     server.faults = ["truncate"] * download.TRIES
     message = (
-        rf"toy: could not download http.* in {download.TRIES} tries .* run again to go on .* toy\.zip by hand"
+        rf"toy: could not download http.* in {download.TRIES} tries .* run again to go on .*toy\.zip by hand"
     )
     with pytest.raises(OSError, match=message):
         fetch("toy", Source(url=server.url), tmp_path)
