@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, SMALL, Commands
 
 from convlora import evaluate, predict, train
+from convlora.data.synthetic import draw_scene
 
 TEST_SET = ("dataset=synthetic", "dataset.size=48", "dataset.test_size=5", "dataset.num_workers=0")
 QUIET = ("trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
@@ -26,7 +27,7 @@ def run(cli: Commands) -> Path:
 
 def scores(folder: str | Path) -> dict[str, float]:
     record: dict[str, float] = json.loads((Path(folder) / "scores.json").read_text())
-    return {name: value for name, value in record.items() if not isinstance(value, str)}
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}
 
 
 def test_adapter_reproduces_its_scores_in_a_new_process(run: Path) -> None:
@@ -112,3 +113,65 @@ def test_dataset_must_be_named(cli: Commands, run: Path) -> None:
     done = cli(evaluate, f"checkpoint={run}/adapter.safetensors")
     assert done.code == 1
     assert "dataset" in done.err
+
+
+def plant_test_set(root: Path, count: int) -> None:
+    """Camouflaged scenes in the layout of a test set."""
+    rng = np.random.default_rng(count)
+    for kind in ("Imgs", "GT"):
+        (root / kind).mkdir(parents=True)
+    for i in range(count):
+        image, mask = draw_scene(rng, 48)
+        cv2.imwrite(f"{root}/Imgs/{i}.jpg", image)
+        cv2.imwrite(f"{root}/GT/{i}.png", mask * 255)
+
+
+def test_several_test_sets_have_a_row_each(cli: Commands, run: Path) -> None:
+    plant_test_set(Path("sets/nc4k"), 3)
+    plant_test_set(Path("sets/cod10k"), 2)
+    checkpoint = f"checkpoint={run}/adapter.safetensors"
+    common = ("data_root=sets", "dataset.num_workers=0", *QUIET)
+    done = cli(evaluate, checkpoint, "dataset=nc4k", "test_sets=[cod10k]", "dataset.batch_size=2", *common,
+               "output=both")  # fmt: skip
+    assert done.code == 0, done.err
+    assert cli(evaluate, checkpoint, "dataset=cod10k", *common, "output=alone").code == 0
+    record = json.loads(Path("both/scores.json").read_text())
+    assert record["dataset"] == "nc4k"
+    assert record["images"] == 3
+    assert record["test_sets"]["cod10k"]["images"] == 2
+    alone = scores("alone")
+    assert {name: record["test_sets"]["cod10k"][name] for name in alone} == pytest.approx(alone, abs=1e-6)
+    with Path("both/scores.csv").open() as file:
+        rows = {row["dataset"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["nc4k", "cod10k"]
+    assert float(rows["cod10k"]["s_measure"]) == pytest.approx(alone["s_measure"], abs=1e-6)
+    for file in ("images.csv", "overlays.png", "reliability.png"):
+        assert Path("both", file).is_file()
+        assert Path("both/cod10k", file).is_file()
+    assert "nc4k, test" in done.out
+    assert "cod10k, test" in done.out
+
+
+def test_a_missing_further_test_set_is_told_before_anything_is_scored(cli: Commands, run: Path) -> None:
+    done = cli(
+        evaluate, f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "test_sets=[nc4k]", "output=o"
+    )
+    assert done.code == 1
+    assert "nc4k: no Imgs under data/nc4k; run `python -m convlora.prepare dataset=nc4k`" in done.err
+    assert not Path("o/scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("[synthetic]", "synthetic is tested already"),
+        ("[aerial]", "aerial has 6 (building"),
+        ("[nc5k]", "nc5k"),
+    ],
+)
+def test_further_test_sets_that_make_no_sense_are_refused(
+    cli: Commands, run: Path, names: str, message: str
+) -> None:
+    done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, f"test_sets={names}")
+    assert done.code == 1
+    assert message in done.err
