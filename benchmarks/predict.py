@@ -14,7 +14,7 @@ import torch
 from benchmarks.measure import alternate, default_device, ratio, report, warm_heap
 from benchmarks.step import METHODS, Setting, backbone
 from convlora.sam.zoo import hold_frozen
-from convlora.segmenter import Segmenter, restore_size, to_gray
+from convlora.segmenter import Segmenter, restore_size, to_prediction
 from tests.literal import as_released
 
 FORMS = ("released", "conv_lora", "lora")
@@ -38,7 +38,7 @@ def make_prediction(setting: Setting, name: str) -> Callable[[], Any]:
         half = setting.precision == "bf16"
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
             for logits in segmenter(images):
-                to_gray(restore_size(logits, (side, side), (600, 800))).cpu()
+                to_prediction(restore_size(logits, (side, side), (600, 800))).prob.cpu()
 
     return predict
 

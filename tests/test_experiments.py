@@ -1,0 +1,59 @@
+"""The experiments of the paper have its settings, and say what to expect."""
+
+import re
+
+import pytest
+import yaml
+from conftest import ROOT, Commands
+
+from convlora import train
+
+PAPER = sorted(path.stem for path in (ROOT / "conf/experiment/paper").glob("*.yaml"))
+EPOCHS = {"camo": 20, "massachusetts_roads": 20, "sbu": 10}
+FAST = ("leaf_disease", "massachusetts_roads")
+each = pytest.mark.parametrize("name", PAPER)
+
+
+@each
+def test_experiment_is_the_papers_run(cli: Commands, name: str) -> None:
+    """Of the released settings every one that the defaults do not show."""
+    done = cli(train, f"experiment=paper/{name}", "--cfg", "job", "--resolve")
+    config = yaml.safe_load(done.out)
+    assert config["model"]["name"] == "sam_vit_h"
+    assert config["model"]["image_size"] == config["resize"]["image_size"] == 1024
+    assert config["resize"]["_target_"].endswith("SquareResize")
+    peft = config["peft"]
+    assert peft["_target_"].endswith(".ConvLoRA")
+    assert (peft["rank"], peft["alpha"], peft["num_experts"], peft["top_k"]) == (3, 32, 8, 1)
+    optimizer = config["optimizer"]
+    assert optimizer["lr"] == (3e-4 if name in FAST else 1e-4)
+    assert (optimizer["weight_decay"], optimizer["eps"], optimizer["betas"]) == (1e-4, 1e-6, [0.9, 0.999])
+    trainer = config["trainer"]
+    assert trainer["max_epochs"] == EPOCHS.get(name, 30)
+    assert (trainer["precision"], trainer["gradient_clip_val"]) == ("16-mixed", 1.0)
+    assert config["dataset"]["batch_size"] * trainer["accumulate_grad_batches"] == 4
+    assert config["early_stopping"]["patience"] == 10
+    assert [step["p"] for step in config["augment"]["transforms"]] == [0.5]
+    assert config["loss"].get("boundary_weighted", False) is False
+
+
+@each
+def test_experiment_trains_the_papers_parameters(cli: Commands, name: str) -> None:
+    done = cli(train, f"experiment=paper/{name}", "dry_run=true")
+    assert done.code == 0, done.err
+    [trainable] = re.findall(r"([\d,]+) trainable", done.out)
+    if name.startswith("trans10k"):  # a mask token and an MLP for each class
+        classes = {"trans10k_v1": 3, "trans10k_v2": 12}[name]
+        assert int(trainable.replace(",", "")) == 4_020_096 + (classes - 1) * (
+            256 + 2 * (256**2 + 256) + 257 * 32
+        )
+    else:
+        assert trainable == "4,020,096"
+
+
+@each
+def test_experiment_names_its_command_and_the_papers_value(name: str) -> None:
+    header = (ROOT / f"conf/experiment/paper/{name}.yaml").read_text().split("defaults:")[0]
+    assert f"python -m convlora.train -m experiment=paper/{name} seed=0,1,2" in header
+    assert re.search(r"# Hardware and hours: .*expected value: ", header)
+    assert re.search(r"# Paper, three seeds: .*\d\d?\.\d", header)
