@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from convlora.data.base import SegmentationDataModule
 from convlora.sam.zoo import load_backbone
@@ -149,6 +150,17 @@ def _check_section(section: str, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_section(f"{section}.{key}", value)
+
+
+def make_loss(loss: Config, num_classes: int) -> nn.Module:
+    """Build a loss and try it, so that one for another number of classes is refused before training.
+
+    Raises:
+        ValueError: it is not for that many classes.
+    """
+    built: nn.Module = make("loss", loss)
+    built(torch.zeros(1, num_classes, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    return built
 
 
 def make_test_sets(

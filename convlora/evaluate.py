@@ -10,7 +10,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
-from convlora.build import Config, check_classes, command, load_adapter, make, make_test_sets
+from convlora.build import Config, check_classes, command, load_adapter, make, make_loss, make_test_sets
 from convlora.callbacks import Overlays, ScoreTable, render_scores, test_each
 from convlora.data.base import SegmentationDataModule
 from convlora.task import SegmentationTask
@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig) -> None:
     )
     task = SegmentationTask(
         adapter.segmenter,
-        make("loss", config.loss),
+        make_loss(config.loss, data.num_classes),
         make("metrics", config.metrics, class_names=data.class_names),
         torch.optim.AdamW,
         adapter.identity,

@@ -48,8 +48,7 @@ class BceDiceLoss(nn.Module):
         """Return the scalar loss, computed in float32."""
         logits, target, valid = _binary(logits, masks)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        dice = dice_loss(torch.sigmoid(logits), target, valid)[:, 0]
-        return (weighted_mean(cross_entropy, valid) + dice).mean()
+        return (weighted_mean(cross_entropy, valid) + binary_dice_loss(logits, target, valid)).mean()
 
 
 class FocalDiceLoss(nn.Module):
@@ -71,8 +70,7 @@ class FocalDiceLoss(nn.Module):
         """Return the scalar loss, computed in float32."""
         logits, target, valid = _binary(logits, masks)
         focal = sigmoid_focal_loss(logits, target, self.alpha, self.gamma)
-        dice = dice_loss(torch.sigmoid(logits), target, valid)[:, 0]
-        return (weighted_mean(focal, valid) + dice).mean()
+        return (weighted_mean(focal, valid) + binary_dice_loss(logits, target, valid)).mean()
 
 
 class BalancedBceLoss(nn.Module):
@@ -101,22 +99,28 @@ class CrossEntropyDiceLoss(nn.Module):
         logits, ids = logits.float(), masks[:, 0].long()
         if logits.shape[1] < 2:
             raise ValueError("cross_entropy_dice is for several classes, here is one; set loss=structure")
-        valid = (ids != IGNORED).float()[:, None]
         cross_entropy = F.cross_entropy(logits, ids, ignore_index=IGNORED, reduction="none")[:, None]
-        target = F.one_hot(torch.where(ids == IGNORED, 0, ids), logits.shape[1]).movedim(-1, 1) * valid
-        there = (target.sum(dim=(2, 3)) > 0).float()
-        dice = dice_loss(torch.softmax(logits, dim=1), target, valid)
+        valid = (ids != IGNORED).float()[:, None]
+        probs = torch.softmax(logits, dim=1) * valid
+        # class by class, because one-hot masks of large images would take more memory than all the rest
+        own = [ids == index for index in range(logits.shape[1])]
+        overlap = torch.stack([(probs[:, c] * mask).sum(dim=(1, 2)) for c, mask in enumerate(own)], dim=1)
+        size = torch.stack([mask.sum(dim=(1, 2)) for mask in own], dim=1)
+        dice = dice_loss(overlap, probs.sum(dim=(2, 3)) + size)
+        there = (size > 0).float()
         dice = (dice * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
         return (weighted_mean(cross_entropy, valid) + dice).mean()
 
 
-def dice_loss(probs: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Return 1 - (2 |P T| + 1) / (|P| + |T| + 1) for each map, [n, c], sums over the valid pixels.
+def binary_dice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Return the soft Dice loss of each image [n]."""
+    probs = torch.sigmoid(logits) * valid
+    overlap, total = (probs * target).sum(dim=(1, 2, 3)), (probs + target).sum(dim=(1, 2, 3))
+    return dice_loss(overlap, total)
 
-    The 1 makes the loss of an empty prediction of an empty mask 0.
-    """
-    overlap = (probs * target * valid).sum(dim=(2, 3))
-    total = ((probs + target) * valid).sum(dim=(2, 3))
+
+def dice_loss(overlap: Tensor, total: Tensor) -> Tensor:
+    """Return 1 - (2 |P T| + 1) / (|P| + |T| + 1); the 1 makes nothing found in an empty mask cost nothing."""
     return 1 - (2 * overlap + 1) / (total + 1)
 
 

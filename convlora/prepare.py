@@ -62,22 +62,24 @@ def download(data: SegmentationDataModule) -> None:
     """Fetch, unpack and verify a data set, as far as that is not done; print what is there.
 
     Raises:
-        FileNotFoundError: a person has to fetch it; the message says how.
-        OSError: the download failed; what has arrived is kept.
-        ValueError: the archive or what was unpacked is not what was published.
+        OSError: a person has to fetch it, and the message says how; or the download failed, and what has
+            arrived is kept.
+        ValueError: the archive, or what is there, is not what was published.
     """
-    source = data.source
+    source, folder = data.source, data.root.parent
     try:
         verify(data)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         if source.url is None:
             steps = source.steps or "It is your own: put the images and masks there."
-            raise type(error)(f"{error}\n{data.name} has to be fetched by hand:\n{steps}") from error
-        folder = data.root.parent
+            raise OSError(f"{error}\n{data.name} has to be fetched by hand:\n{steps}") from error
         archive = fetch(data.name, source, folder)
         unpack(data.name, archive, folder)
         data.forget()
-        verify(data)
+        try:
+            verify(data)
+        except OSError as incomplete:
+            raise OSError(f"{data.name}: {archive} holds another data set; {incomplete}") from incomplete
         archive.unlink()  # its hash stays on record
     table = Table("split", "images")
     for split in data.splits:
@@ -91,7 +93,7 @@ def verify(data: SegmentationDataModule) -> None:
 
     Raises:
         OSError: files are missing.
-        ValueError: the number of images differs.
+        ValueError: the number of images differs, so that it is another or a part.
     """
     for split in data.splits:
         data.listed(split)

@@ -19,12 +19,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from rich.console import Console
+from torch import nn
 
 from convlora.build import (
     Config,
     command,
     is_half,
     make,
+    make_loss,
     make_segmenter,
     make_test_sets,
     outline_segmenter,
@@ -88,6 +90,7 @@ def train(config: TrainConfig) -> float | None:
         return None
     ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
+    loss = make_loss(config.loss, data.num_classes)
     check_monitor(config, scores)
     check_frozen_dtype(config)
     tests = [data, *make_test_sets(config.test_sets, "train", data)]
@@ -96,7 +99,7 @@ def train(config: TrainConfig) -> float | None:
         test.setup("test")
     check_run_dir(run_dir, outline)
     try:
-        return fit_and_test(config, tests, outline, scores, run_dir, ckpt_path)
+        return fit_and_test(config, tests, outline, loss, scores, run_dir, ckpt_path)
     finally:
         finish_wandb()
 
@@ -105,6 +108,7 @@ def fit_and_test(
     config: TrainConfig,
     tests: Sequence[SegmentationDataModule],
     outline: Segmenter,
+    loss: nn.Module,
     scores: Scores,
     run_dir: Path,
     ckpt_path: Path | None,
@@ -132,7 +136,7 @@ def fit_and_test(
     segmenter, identity = make_segmenter(config.model, config.peft, data.num_classes)
     if config.compile:
         segmenter.compile_encoder()
-    loss, optimizer = make("loss", config.loss), make("optimizer", config.optimizer)
+    optimizer = make("optimizer", config.optimizer)
     task = SegmentationTask(segmenter, loss, scores, optimizer, identity, config.seed)
     if ckpt_path is not None:  # refused before anything of the run is written over
         check_resumable(ckpt_path, task)

@@ -122,7 +122,7 @@ def test_a_model_of_other_classes_is_refused(cli: Commands, run: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["metrics=binary"], "metrics.scores.dice is for a foreground, but the data set has 3 (grass, sea,"),
+        (["metrics=binary"], "metrics.scores.dice is for a foreground, but the data set has 3 classes ("),
         (["loss=structure"], "the loss is for a foreground, here are 3 classes; set loss=cross_entropy_dice"),
         (["model.head=query"], "model.head=query must be one of per_class"),
         (["dataset.ignore_index=null"], "[1, 2, 3], which is none of the 3 classes"),

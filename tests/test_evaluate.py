@@ -127,8 +127,8 @@ def plant_test_set(root: Path, count: int) -> None:
 
 
 def test_several_test_sets_have_a_row_each(cli: Commands, run: Path) -> None:
-    plant_test_set(Path("sets/nc4k"), 3)
-    plant_test_set(Path("sets/cod10k"), 2)
+    plant_test_set(Path("sets/TestDataset/NC4K"), 3)
+    plant_test_set(Path("sets/TestDataset/COD10K"), 2)
     checkpoint = f"checkpoint={run}/adapter.safetensors"
     common = ("data_root=sets", "dataset.num_workers=0", *QUIET)
     done = cli(evaluate, checkpoint, "dataset=nc4k", "test_sets=[cod10k]", "dataset.batch_size=2", *common,
@@ -157,7 +157,9 @@ def test_a_missing_further_test_set_is_told_before_anything_is_scored(cli: Comma
         evaluate, f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "test_sets=[nc4k]", "output=o"
     )
     assert done.code == 1
-    assert "nc4k: no Imgs under data/nc4k; run `python -m convlora.prepare dataset=nc4k`" in done.err
+    assert (
+        "nc4k: no Imgs under data/TestDataset/NC4K; run `python -m convlora.prepare dataset=nc4k`" in done.err
+    )
     assert not Path("o/scores.json").exists()
 
 

@@ -134,17 +134,17 @@ def test_what_needs_a_person_is_told_step_by_step_and_verified_afterwards(
     assert done.code == 1
     assert "chameleon has to be fetched by hand" in done.err
     assert "github.com/DengPingFan/SINet" in done.err
-    assert "data/chameleon/Imgs and data/chameleon/GT exist" in done.err
+    assert "data/TestDataset/CHAMELEON/Imgs and data/TestDataset/CHAMELEON/GT exist" in done.err
     for kind in ("Imgs", "GT"):
-        (tmp_path / "data/chameleon" / kind).mkdir(parents=True)
+        (tmp_path / "data/TestDataset/CHAMELEON" / kind).mkdir(parents=True)
     for i in range(75):
-        blob().save(f"data/chameleon/Imgs/{i}.jpg")
-        blob().save(f"data/chameleon/GT/{i}.png")
+        blob().save(f"data/TestDataset/CHAMELEON/Imgs/{i}.jpg")
+        blob().save(f"data/TestDataset/CHAMELEON/GT/{i}.png")
     short = cli(prepare, "dataset=chameleon")
     assert short.code == 1
     assert "chameleon: test has 75 images, 76 were published" in short.err
     for kind, suffix in (("Imgs", "jpg"), ("GT", "png")):
-        blob().save(f"data/chameleon/{kind}/75.{suffix}")
+        blob().save(f"data/TestDataset/CHAMELEON/{kind}/75.{suffix}")
     assert cli(prepare, "dataset=chameleon").code == 0
 
 
@@ -184,11 +184,11 @@ def test_an_image_planted_in_another_split_is_found(cli: Commands, isic: Path, w
 
 def test_an_image_of_a_further_test_set_is_found_in_training(cli: Commands, isic: Path) -> None:
     for kind in ("Imgs", "GT"):
-        (isic.parent / "nc4k" / kind).mkdir(parents=True)
+        (isic.parent / "TestDataset/NC4K" / kind).mkdir(parents=True)
     for i in range(2):
-        scene(100 + i).save(isic.parent / f"nc4k/Imgs/{i}.png")
-        blob().save(isic.parent / f"nc4k/GT/{i}.png")
-    scene(3).save(isic.parent / "nc4k/Imgs/1.png")
+        scene(100 + i).save(isic.parent / f"TestDataset/NC4K/Imgs/{i}.png")
+        blob().save(isic.parent / f"TestDataset/NC4K/GT/{i}.png")
+    scene(3).save(isic.parent / "TestDataset/NC4K/Imgs/1.png")
     done, findings = check(cli, isic, "test_sets=[nc4k]")
     assert done.code == 1
     leaks = [finding for finding in findings if finding["kind"] == "leak"]
@@ -248,7 +248,7 @@ def test_a_folder_of_ones_own_is_checked_with_its_classes(cli: Commands, tmp_pat
     [
         (["dataset=isic2017", "action=chekc"], "action=chekc must be download or check"),
         (["dataset=folder", "data_root=nowhere"], "no folder nowhere"),
-        (["dataset=nc4k", "action=check"], "nc4k: no Imgs under data/nc4k; run"),
+        (["dataset=nc4k", "action=check"], "nc4k: no Imgs under data/TestDataset/NC4K; run"),
         ([], "dataset"),
     ],
 )

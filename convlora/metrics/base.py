@@ -77,7 +77,7 @@ class ImageMean(Sums):
 
     def sums(self, classes: Gray, prob: Gray, mask: Gray) -> Sequence[float]:
         """Return the image's score."""
-        return [self.score(prob, mask.astype(bool))]
+        return [self.score(prob, mask == 1)]
 
     def scores(self, total: Values, count: int) -> Mapping[str, Any]:
         """Return the mean."""
@@ -109,11 +109,12 @@ class Scores(MetricCollection):
         metrics: dict[str, Any] = {name: _metric(name, score, class_names) for name, score in scores.items()}
         for name, metric in metrics.items():
             if metric.multi_class is not None and metric.multi_class != (len(class_names) > 1):
+                several = ("several classes", "metrics=binary")
+                one = ("a foreground", "metrics=multiclass loss=cross_entropy_dice")
+                kind, way_out = several if metric.multi_class else one
                 raise ValueError(
-                    f"metrics.scores.{name} is for "
-                    f"{'several classes' if metric.multi_class else 'a foreground'}, but the data set has "
-                    f"{len(class_names)} ({', '.join(class_names)}); set "
-                    f"metrics={'binary' if metric.multi_class else 'multiclass'}"
+                    f"metrics.scores.{name} is for {kind}, but the data set has {len(class_names)} classes "
+                    f"({', '.join(class_names)}); set {way_out}"
                 )
         super().__init__(metrics, compute_groups=False)
         self.primary = primary

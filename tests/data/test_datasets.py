@@ -110,9 +110,9 @@ TREES: dict[str, Callable[[Path], None]] = {
     "kvasir": by_source("polyp", "Kvasir", "images", "masks"),
     "cvc_clinicdb": by_source("polyp", "CVC-ClinicDB", "images", "masks"),
     "camo": by_source("camo_sem_seg", "CAMO", "Imgs", "GT"),
-    "cod10k": only_tested("cod10k"),
-    "chameleon": only_tested("chameleon"),
-    "nc4k": only_tested("nc4k"),
+    "cod10k": only_tested("TestDataset/COD10K"),
+    "chameleon": only_tested("TestDataset/CHAMELEON"),
+    "nc4k": only_tested("TestDataset/NC4K"),
     "sbu": archive("SBU-shadow"),
     "isic2017": archive("isic2017"),
     "leaf_disease": archive("leaf_disease_segmentation"),
@@ -175,7 +175,7 @@ def test_trans10k_colours_are_things_and_stuff(tmp_path: Path) -> None:
 
 
 def test_a_test_set_has_nothing_to_train_on(tmp_path: Path) -> None:
-    only_tested("nc4k")(tmp_path)
+    only_tested("TestDataset/NC4K")(tmp_path)
     with pytest.raises(ValueError, match=r"nc4k is a test set .* dataset=camo test_sets=\[nc4k\]"):
         build("nc4k", tmp_path).setup("fit")
 

@@ -368,7 +368,7 @@ def test_no_image_gives_no_number() -> None:
         ({"scores": {"dice": "convlora.metrics.overlap.dcie"}}, r"scores\.dice: there is no convlora.*dcie"),
         ({"primary": "iou"}, r"metrics\.primary=iou is not one of dice"),
         ({"mode": "best"}, r"metrics\.mode=best must be min or max"),
-        ({"class_names": ["a", "b"]}, r"scores\.dice is for a foreground, but .* 2 \(a, b\); set metrics"),
+        ({"class_names": ["a", "b"]}, r"scores\.dice is for a foreground, but .* 2 classes \(a, b\)"),
         ({"scores": {"classes": "convlora.metrics.classes.ClassScores"}, "class_names": ["a"]},
          r"scores\.classes is for several classes.*set metrics=binary"),
     ],
