@@ -18,7 +18,7 @@ Picture = NDArray[np.uint8]
 Color = Sequence[int]
 
 MISSED, FALSE = (0, 255, 0), (255, 64, 0)  # of error maps, RGB
-OUTLINE = (255, 64, 0)  # of a foreground
+OUTLINE = (0, 255, 255)  # of a foreground; rare in tissue, plants, animals and soil
 IGNORED_COLOR = (255, 255, 255)
 SHARE_IN_OVERLAYS = 0.45  # of the class colours
 
@@ -96,7 +96,7 @@ def draw_classes(image: Picture, classes: Picture, colors: Mapping[str, Color]) 
 
 def _outline(picture: Picture, found: NDArray[np.bool_], color: Color) -> None:
     contours, _ = cv2.findContours(found.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    width = max(1, round(max(picture.shape[:2]) / 400))
+    width = 1 + round(max(picture.shape[:2]) / 600)
     cv2.drawContours(picture, contours, -1, tuple(map(int, color)), width)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
@@ -52,7 +51,7 @@ def prepare(config: PrepareConfig) -> None:
         download(data)
     elif config.action == "check":
         sets = [data, *make_test_sets(config.test_sets, "prepare", data)]
-        if check(sets, Path(HydraConfig.get().runtime.output_dir)):
+        if check(sets, Path(config.output)):
             raise SystemExit(1)
     else:
         raise ValueError(f"action={config.action} must be download or check")
@@ -70,9 +69,11 @@ def download(data: SegmentationDataModule) -> None:
     try:
         verify(data)
     except OSError as error:
+        if source.steps is not None:
+            missing = str(error).partition(";")[0]
+            raise OSError(f"{missing}, and it has to be fetched by hand. {source.steps}") from error
         if source.url is None:
-            steps = source.steps or "It is your own: put the images and masks there."
-            raise OSError(f"{error}\n{data.name} has to be fetched by hand:\n{steps}") from error
+            raise
         archive = fetch(data.name, source, folder)
         unpack(data.name, archive, folder)
         data.forget()
@@ -106,9 +107,15 @@ def check(sets: Sequence[SegmentationDataModule], output: Path) -> bool:
 
     Returns:
         Whether anything is wrong.
+
+    Raises:
+        FileNotFoundError: nothing is there.
     """
     first = sets[0]
     listed, findings = list_places(sets)
+    if not listed:
+        raise FileNotFoundError(findings[0].message)
+    output.mkdir(parents=True, exist_ok=True)
     columns = ("check", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("check", total=sum(len(pairs) for _, pairs in listed))
@@ -146,7 +153,7 @@ def contact_sheet(
         colors = draw.colors_of(place.data.class_names, place.data.class_colors)
         for index in chosen:
             image, mask = (draw.shrink(part, SHEET_SIDE) for part in place.data.read(pairs[index]))
-            label = f"{place.label}: {Path(names[index]).name[-28:]}"
+            label = f"{place.label}: {Path(names[index]).stem[-30:]}"
             pictures.append((label, draw.draw_classes(image, mask, colors)))
     return pictures
 

@@ -132,7 +132,7 @@ def test_what_needs_a_person_is_told_step_by_step_and_verified_afterwards(
 ) -> None:
     done = cli(prepare, "dataset=chameleon")
     assert done.code == 1
-    assert "chameleon has to be fetched by hand" in done.err
+    assert "chameleon: no Imgs under data/TestDataset/CHAMELEON, and it has to be fetched by hand" in done.err
     assert "github.com/DengPingFan/SINet" in done.err
     assert "data/TestDataset/CHAMELEON/Imgs and data/TestDataset/CHAMELEON/GT exist" in done.err
     for kind in ("Imgs", "GT"):

@@ -191,8 +191,9 @@ def _download(name: str, path: Path, url: str, output_file: str, _: Any) -> None
             _continue(name, url, part)
         except PASSING_ERRORS as error:
             if attempt == TRIES:
+                reason = getattr(next(iter(error.args), None), "reason", error)  # without urllib3's wrapping
                 raise OSError(
-                    f"{name}: could not download {url} in {TRIES} tries ({error}); run again to go on where "
+                    f"{name}: could not download {url} in {TRIES} tries ({reason}); run again to go on where "
                     f"it stopped, or put the file at {path} by hand"
                 ) from error
             time.sleep(pause)

@@ -1,21 +1,32 @@
 """Every score against a reference, on random and on degenerate images."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import py_sod_metrics
 import pytest
 import sklearn.metrics
 import torch
-import yaml
-from conftest import ROOT
+import torch.multiprocessing
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import cdist
+from scoring import (
+    CLASS_NAMES,
+    FILES,
+    Array,
+    Image,
+    collection,
+    images_for,
+    random_classes,
+    random_image,
+    scalars,
+    score_share,
+)
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from convlora import IGNORED
-from convlora.build import make
 from convlora.metrics.base import ImageMean, Scores, Sums
 from convlora.metrics.boundary import boundary_f, hd95
 from convlora.metrics.calibration import Calibration
@@ -24,20 +35,6 @@ from convlora.metrics.overlap import Pooled, dice, iou, threshold_jaccard
 from convlora.metrics.roads import Relaxed
 from convlora.metrics.saliency import EMeasure, FMeasure, context_measure, mae, s_measure, weighted_f_measure
 from convlora.metrics.shadow import PooledBer, ber
-
-Array = NDArray[np.uint8]
-Image = tuple[Array, NDArray[np.bool_]]
-FILES = sorted(path.stem for path in (ROOT / "conf/metrics").glob("*.yaml"))
-CLASS_NAMES = ("land", "Open Water", "road", "roof")
-
-
-def random_image(seed: int, height: int = 24, width: int = 30) -> Image:
-    rng = np.random.default_rng(seed)
-    mask = ndimage.gaussian_filter(rng.normal(size=(height, width)), 3) > 0.05
-    prob = np.clip(
-        150 * ndimage.gaussian_filter(mask.astype(float), 1) + rng.normal(40, 35, mask.shape), 0, 255
-    )
-    return prob.astype(np.uint8), mask
 
 
 def degenerate_images() -> dict[str, Image]:
@@ -185,16 +182,6 @@ def test_relaxed_scores_equal_brute_force(case: str, buffer: float) -> None:
     assert found == pytest.approx(expected, abs=1e-9)
 
 
-def random_classes(seed: int) -> tuple[Array, Array, Array]:
-    rng = np.random.default_rng(seed)
-    mask = rng.integers(0, 3, (25, 17), np.uint8)  # the fourth class is in no mask
-    classes = np.where(rng.random(mask.shape) < 0.6, mask, rng.integers(0, 4 - seed % 2, mask.shape)).astype(
-        np.uint8
-    )
-    mask[rng.random(mask.shape) < 0.1] = IGNORED
-    return classes, rng.integers(64, 255, mask.shape, np.uint8), mask
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_class_scores_equal_scikit_learn(seed: int) -> None:
     classes, prob, mask = random_classes(seed)
@@ -294,23 +281,6 @@ def test_best_threshold_is_that_of_the_mean_curve_not_of_each_image() -> None:
     assert metric.compute()["f_measure_max"].item() < np.mean(own)
 
 
-def collection(name: str) -> Scores:
-    config = yaml.safe_load((ROOT / f"conf/metrics/{name}.yaml").read_text())
-    scores: Scores = make("metrics", config, class_names=CLASS_NAMES if name == "multiclass" else ["object"])
-    return scores
-
-
-def images_for(name: str) -> list[tuple[Array, Array, Array]]:
-    if name == "multiclass":
-        return [random_classes(seed) for seed in range(7)]
-    binary = [random_image(seed, 20 + seed, 40 - 3 * seed) for seed in range(6)] + [CASES["empty mask"]]
-    return [((prob >= 128).astype(np.uint8), prob, mask.astype(np.uint8)) for prob, mask in binary]
-
-
-def scalars(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: value.item() for name, value in values.items() if value.ndim == 0}
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_scores_do_not_depend_on_how_images_are_split(name: str) -> None:
     """Over two parts, as over two ranks, whose states are added up."""
@@ -381,3 +351,18 @@ def test_mistakes_in_the_configuration_are_named(changes: dict, message: str) ->
     } | changes
     with pytest.raises(ValueError, match=message):
         Scores(**settings)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(score_share, (2, str(tmp_path)), nprocs=2)
+    for name in FILES:
+        alone, images = collection(name), images_for(name)
+        assert len(images) % 2 == 1
+        for image in images:
+            alone.update(*map(torch.from_numpy, image))
+        expected = dict(alone.compute())
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{rank}.pt")[name]
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-12, equal_nan=True, msg=key)
