@@ -31,7 +31,9 @@ class StructureLoss(nn.Module):
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Return the scalar loss, computed in float32."""
         logits, target, valid = _binary(logits, masks)
-        weights = valid * (1 + BOUNDARY_GAIN * (local_mean(target) - target).abs())
+        # an ignored neighbour is taken for what the pixel itself is, so that it makes no boundary
+        around = local_mean(target) + target * local_mean(1 - valid)
+        weights = valid * (1 + BOUNDARY_GAIN * (around - target).abs())
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         cross_entropy = weighted_mean(cross_entropy, weights if self.boundary_weighted else valid)
         probs = torch.sigmoid(logits)

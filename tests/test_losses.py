@@ -174,6 +174,22 @@ def test_wrong_number_of_classes_is_named_with_the_way_out(name: str) -> None:
         build(name)(logits, masks)
 
 
+@pytest.mark.parametrize("boundary_weighted", [True, False])
+def test_structure_loss_sees_no_boundary_at_ignored_pixels(boundary_weighted: bool) -> None:
+    """A full mask whose lower half is ignored costs what a full mask of the upper half's weights does."""
+    logits, masks = torch.randn(1, 1, 80, 60), torch.ones(1, 1, 80, 60, dtype=torch.uint8)
+    masks[:, :, 40:] = IGNORED
+    loss = StructureLoss(boundary_weighted)
+    weights = 1 + 5 * (local_mean(torch.ones(1, 1, 80, 60)) - 1).abs()[:, :, :40]
+    upper = logits[:, :, :40]
+    entropy = F.binary_cross_entropy_with_logits(upper, torch.ones_like(upper), reduction="none")
+    probs = torch.sigmoid(upper)
+    expected = (weights * entropy).sum() / weights.sum() if boundary_weighted else entropy.mean()
+    overlap, total = (weights * probs).sum(), (weights * (probs + 1)).sum()
+    expected = expected + 1 - (overlap + 1) / (total - overlap + 1)
+    torch.testing.assert_close(loss(logits, masks), expected)
+
+
 def test_structure_loss_of_an_empty_mask_falls_with_the_false_area() -> None:
     mask = torch.zeros(1, 1, 40, 40)
     quiet, loud = torch.full_like(mask, -8), torch.full_like(mask, -8)

@@ -143,7 +143,7 @@ def summarise(facts: Sequence[Facts], class_names: Sequence[str]) -> dict[str, d
             "height": [min(heights), max(heights)],
             "class_shares": {name: round(float(shares[index]), 5) for index, name in enumerate(names)},
             "ignored_share": round(float(pixels[IGNORED] / max(1, pixels.sum())), 5),
-            "empty_masks": sum(_is_empty(each) for each in own),
+            "empty_masks": sum(_is_empty(each, class_names) for each in own),
         }
     return summary
 
@@ -217,7 +217,7 @@ def _near_copies(facts: Sequence[Facts]) -> list[tuple[int, int]]:
 
 def _judge_masks(facts: Sequence[Facts], class_names: Sequence[str]) -> list[Finding]:
     findings = []
-    empty = [each.name for each in facts if _is_empty(each)]
+    empty = [each.name for each in facts if _is_empty(each, class_names)]
     if empty:
         message = (
             f"{len(empty)} masks of {len(facts)} are empty: {_first(empty)}; is nothing there to be found?"
@@ -244,8 +244,9 @@ def _judge_masks(facts: Sequence[Facts], class_names: Sequence[str]) -> list[Fin
     return findings
 
 
-def _is_empty(facts: Facts) -> bool:
-    return int(facts.classes[1:IGNORED].sum()) == 0
+def _is_empty(facts: Facts, class_names: Sequence[str]) -> bool:
+    """Tell masks without foreground or, of several classes, without any pixel that counts."""
+    return int(facts.classes[len(class_names) == 1 : IGNORED].sum()) == 0
 
 
 def _first(names: Sequence[str]) -> str:

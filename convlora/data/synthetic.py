@@ -43,6 +43,14 @@ class Synthetic(SegmentationDataModule):
     size: int
     scene_seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse to keep scenes in a folder, where those of other settings could be taken for them."""
+        super().__post_init__()
+        if self.cache not in (None, "ram"):
+            raise ValueError(
+                f"{self.name}: dataset.cache={self.cache} is for files, but scenes are drawn; set ram or null"
+            )
+
     def pairs(self, split: Split) -> list[Pair]:
         """Name the scenes of a split by paths at which no file lies."""
         folder = self.root / split

@@ -58,7 +58,7 @@ class SquareResize:
 
 @dataclass(frozen=True)
 class LongestSideResize:
-    """Scales the longest side to the square's and pads right and below, as SAM does."""
+    """Scales the longest side to the square's and pads right and below, as SAM does; padding is ignored."""
 
     image_size: int
 

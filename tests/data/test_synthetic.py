@@ -127,3 +127,19 @@ def texture_distance(image: Image, mask: Image) -> float:
             energy = cv2.filter2D(gray, -1, kernel - kernel.mean()) ** 2
             distances.append(abs(np.log2(energy[inside].mean() / energy[outside].mean())))
     return float(max(distances))
+
+
+def test_scenes_are_not_kept_in_a_folder() -> None:
+    with pytest.raises(
+        ValueError, match=r"synthetic: dataset\.cache=/tmp/a is for files, .* set ram or null"
+    ):
+        Synthetic(
+            train_size=1,
+            val_size=1,
+            test_size=1,
+            size=64,
+            class_names=["object"],
+            resize=SquareResize(64),
+            augment=A.Compose([]),
+            cache="/tmp/a",
+        )
