@@ -177,7 +177,8 @@ def test_each(
 ) -> dict[str, dict[str, float]]:
     """Score a model on several test sets.
 
-    The first one's pictures and tables go to `folder`, those of the others to a folder in it by their name.
+    The first one's pictures and tables go to `folder`, those of the others to a folder in it by their name,
+    and of several sets `scores.csv` has a row for each.
 
     Returns:
         By data set, the scores by name.
@@ -194,8 +195,8 @@ def test_each(
         if trainer.is_global_zero:
             table.write(place / "images.csv")
             write_curves(task.arrays, results[data.name], data.class_names, place)
-    if trainer.is_global_zero and len(sets) > 1:
-        write_rows(folder / "scores.csv", "dataset", results)
+            if len(sets) > 1:  # after each, so that an image that cannot be read costs only its own set
+                write_rows(folder / "scores.csv", "dataset", results)
     return results
 
 
