@@ -42,7 +42,7 @@ CONF = next(
 # What a user can mend; anything else is a defect and keeps its traceback.
 USER_ERRORS = (OSError, ValueError, HydraException, OmegaConfBaseException, MisconfigurationException)
 
-FORMAT = "convlora-adapter-1"
+FORMAT = "convlora-adapter-2"
 # What an adapter file may ask to be built: its config comes from whoever made the file.
 ADAPTER_PACKAGES = {"model": "convlora.sam.", "peft": "convlora.peft.", "resize": "convlora.data.transforms"}
 
