@@ -295,7 +295,8 @@ def load_adapter(path: str | Path, weights: str | None = None, precision: str | 
             f"{path} is no adapter file or is damaged ({error}); use RUN/adapter.safetensors"
         ) from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no {FORMAT} file but {metadata.get('format', 'unmarked')}")
+        found = metadata.get("format", "unmarked")
+        raise ValueError(f"{path} is no {FORMAT} file but {found}; use an adapter that this version trained")
     config = json.loads(metadata["config"])
     parts = {key: _trusted(path, key, config[key]) for key in ADAPTER_PACKAGES}
     if weights is not None:

@@ -114,7 +114,7 @@ def test_lightning_checkpoint_is_no_adapter(tmp_path: Path) -> None:
 
 def test_other_safetensors_are_no_adapter(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is no convlora-adapter-1 file"):
+    with pytest.raises(ValueError, match="is no convlora-adapter-2 file"):
         load_adapter(tmp_path / "other.safetensors")
 
 
