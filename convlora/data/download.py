@@ -1,7 +1,9 @@
 """Archives of data sets: fetched, verified, unpacked; what was interrupted is finished by running again."""
 
 import errno
+import gzip
 import json
+import lzma
 import shutil
 import stat
 import sys
@@ -28,6 +30,14 @@ CHUNK = 2**16  # bytes; a broken connection loses one
 TRIES = 5
 PAUSE = 1.0  # seconds before the second try, twice as long before each further one
 TIMEOUTS = (10.0, 60.0)  # seconds to connect, and without a byte
+DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+)
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP codes after which a server is asked again
 
 
@@ -50,7 +60,7 @@ def fetch(name: str, source: Source, folder: Path) -> Path:
     assert source.url is not None
     path = folder / PurePosixPath(urlsplit(source.url).path).name
     record = path.with_name(f"{path.name}.sha256")
-    known = source.sha256 or (record.read_text().split()[0] if record.is_file() else None)
+    known = source.sha256 or (record.read_text().partition(" ")[0] if record.is_file() else None) or None
     folder.mkdir(parents=True, exist_ok=True)
     pooch.get_logger().setLevel("WARNING")
     try:
@@ -62,7 +72,7 @@ def fetch(name: str, source: Source, folder: Path) -> Path:
             f"download it anew, or {where}"
         ) from error
     if known is None:
-        record.write_text(f"{pooch.file_hash(str(path))}  {path.name}\n")
+        _write_text(record, f"{pooch.file_hash(str(path))}  {path.name}\n")
     return path
 
 
@@ -82,13 +92,20 @@ def unpack(name: str, archive: Path, folder: Path) -> None:
                 _check_member(name, archive, member)
             files = [member for member in members if not member.skipped]
             folder.mkdir(parents=True, exist_ok=True)
+            files = [member for member in files if not _is_whole(folder / member.path, member)]
             _check_room(name, folder, sum(member.size for member in files))
             for member in files:
                 _write(folder / member.path, member)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+    except DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{name}: {archive} is damaged or no zip or tar archive ({reason}); delete it and run again"
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            f"{name}: the disk of {folder} is full; free some and run again to go on from there"
         ) from error
 
 
@@ -118,7 +135,7 @@ def _members(archive: Path) -> Iterator[list[Member]]:
             ]
     else:
         with tarfile.open(archive) as file:
-            yield [
+            listed = [
                 Member(
                     info.name + "/" * info.isdir(),
                     info.size,
@@ -127,6 +144,10 @@ def _members(archive: Path) -> Iterator[list[Member]]:
                 )
                 for info in file
             ]
+            assert file.fileobj is not None
+            while file.fileobj.read(MEBIBYTE):  # gzip and xz check their sums at the very end
+                pass
+            yield listed
 
 
 def _open_tar(file: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
@@ -136,8 +157,8 @@ def _open_tar(file: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _refuse_zip(info: zipfile.ZipInfo) -> str:
-    if stat.S_ISLNK(info.external_attr >> 16):
-        return "is a link"
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "is a link or a device"
     return "is encrypted" if info.flag_bits & 1 else ""
 
 
@@ -151,9 +172,11 @@ def _check_member(name: str, archive: Path, member: Member) -> None:
         )
 
 
+def _is_whole(path: Path, member: Member) -> bool:
+    return path.is_file() and path.stat().st_size == member.size
+
+
 def _write(path: Path, member: Member) -> None:
-    if path.is_file() and path.stat().st_size == member.size:
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     with member.open() as source, part.open("wb") as file:
@@ -230,6 +253,9 @@ def _continue(name: str, url: str, part: Path) -> None:
         response.raise_for_status()
         if response.status_code != requests.codes.partial_content:
             start = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            part.unlink()
+            raise _PassingError("the server sent another part than it was asked for")
         length = response.headers.get("Content-Length")
         if length is not None:
             _check_room(name, part.parent, int(length))
@@ -237,7 +263,7 @@ def _continue(name: str, url: str, part: Path) -> None:
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
         with part.open("ab" if start else "wb") as file:
             if tag and not tag.startswith("W/"):  # a weak tag does not promise the same bytes
-                tag_file.write_text(json.dumps(tag))
+                _write_text(tag_file, json.dumps(tag))
             total = start + int(length) if length is not None else None
             shown = {"desc": name, "unit": "B", "unit_scale": True, "disable": not sys.stderr.isatty()}
             with tqdm(total=total, initial=start, **shown) as bar:
@@ -246,6 +272,13 @@ def _continue(name: str, url: str, part: Path) -> None:
                     bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
         raise _PassingError(f"{part.stat().st_size} bytes of {total} arrived")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write all of a text or nothing, whenever this is killed."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def _tag_file(part: Path) -> Path:
