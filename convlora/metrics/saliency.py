@@ -13,6 +13,7 @@ import py_sod_metrics
 from convlora.metrics.base import Gray, Mask, Sums, Values
 
 LEVELS = 256  # thresholds of a curve
+THINNEST = 1e-12  # variance across an object, as a part of that along it
 F_BETA = 0.3  # beta^2 of the F-measure; Achanta et al., CVPR 2009
 
 
@@ -33,7 +34,7 @@ def weighted_f_measure(prob: Gray, mask: Mask) -> float:
 
 def context_measure(prob: Gray, mask: Mask) -> float:
     """Context-measure with beta^2 = 1, alpha 6 (Wang et al. 2025, arXiv:2512.07076); 0 on an empty mask."""
-    return float(_last(py_sod_metrics.ContextMeasure(), prob, mask).scores[-1])
+    return float(_last(_ContextMeasure(), prob, mask).scores[-1])
 
 
 class _Smeasure(py_sod_metrics.Smeasure):  # type: ignore[misc]
@@ -41,6 +42,16 @@ class _Smeasure(py_sod_metrics.Smeasure):  # type: ignore[misc]
 
     def ssim(self, pred: Values, gt: Mask) -> float:
         return float(super().ssim(pred, gt)) if pred.size else 0.0
+
+
+class _ContextMeasure(py_sod_metrics.ContextMeasure):  # type: ignore[misc]
+    """The pixels of a slanting line have no covariance across it, where the original divides by zero."""
+
+    def _compute_y_params(self, Y: Mask) -> tuple[Values, int, int]:  # noqa: N803
+        covariance, height, width = super()._compute_y_params(Y)
+        if np.linalg.det(covariance) <= THINNEST * np.trace(covariance) ** 2:
+            covariance = covariance + THINNEST * np.trace(covariance) * np.eye(2)
+        return covariance, height, width
 
 
 class Curve(Sums):

@@ -39,6 +39,8 @@ from convlora.metrics.shadow import PooledBer, ber
 
 def degenerate_images() -> dict[str, Image]:
     prob, mask = random_image(0)
+    row, column = np.zeros_like(mask), np.zeros_like(mask)
+    row[5, 3:20] = column[4:18, 9] = True
     nothing, everything = np.zeros_like(prob), np.full_like(prob, 255)
     empty, full, pixel = np.zeros_like(mask), np.ones_like(mask), np.zeros_like(mask)
     pixel[0, -1] = True
@@ -55,6 +57,8 @@ def degenerate_images() -> dict[str, Image]:
         "a pixel": (prob, pixel),
         "a pixel found": (pixel.astype(np.uint8) * 255, pixel),
         "a pixel at the other corner": (pixel[::-1, ::-1].astype(np.uint8) * 255, pixel),
+        "a row": (prob, row),
+        "a column": (prob, column),
         "perfect": (mask.astype(np.uint8) * 255, mask),
     }
 
@@ -263,6 +267,17 @@ def test_s_measure_of_a_pixel_is_the_same_number_in_every_corner(corner: tuple[i
     perfect, opposite = mask.astype(np.uint8) * 255, mask[::-1, ::-1].astype(np.uint8) * 255
     assert s_measure(perfect, mask) > 0.9
     assert 0 <= s_measure(opposite, mask) < 0.7
+
+
+@pytest.mark.parametrize("slope", [(1, 1), (1, -1), (2, 1), (1, 3)])
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_context_measure_of_a_slanting_line_is_a_share(slope: tuple[int, int], length: int) -> None:
+    """Its covariance is singular, or less than that by rounding."""
+    mask = np.zeros((40, 50), bool)
+    steps = np.arange(length)
+    mask[3 + slope[0] * steps, 25 + slope[1] * steps] = True
+    perfect = context_measure(mask.astype(np.uint8) * 255, mask)
+    assert 0 < context_measure(random_image(0, 40, 50)[0], mask) < perfect <= 1.01
 
 
 def test_saliency_scores_stretch_the_map_as_the_field_does() -> None:
