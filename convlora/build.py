@@ -174,8 +174,10 @@ def make_test_sets(
         first: the data set that is trained on, or tested first.
 
     Raises:
-        ValueError: a data set is named twice, or has other classes than the first.
+        ValueError: a data set is named twice, or has other classes than the first, or there is no list.
     """
+    if isinstance(names, str):
+        raise ValueError(f"test_sets={names} must be a list; write test_sets=[{names}]")
     own = [o for o in HydraConfig.get().overrides.task if not re.match(r"[~+]*(dataset|test_sets)\b", o)]
     sets: list[SegmentationDataModule] = []
     for name in names:

@@ -136,7 +136,8 @@ def check(sets: Sequence[SegmentationDataModule], output: Path) -> bool:
     for finding in findings:
         console.print(f"{finding.level}: {finding.message}", markup=False)
     errors = sum(finding.level == "error" for finding in findings)
-    console.print(f"{errors} errors, {len(findings) - errors} warnings; {', '.join(written)} in {output}")
+    warnings = len(findings) - errors
+    console.print(f"errors: {errors}, warnings: {warnings}; {', '.join(written)} in {output}")
     return errors > 0
 
 

@@ -157,7 +157,7 @@ def test_a_sound_data_set_has_no_findings(cli: Commands, isic: Path) -> None:
     assert summary["val"]["width"] == [120, 120]
     expected = float((np.asarray(blob()) > 0).mean())
     assert summary["test"]["class_shares"]["lesion"] == pytest.approx(expected, abs=1e-5)
-    assert "0 errors, 0 warnings" in done.out
+    assert "errors: 0, warnings: 0" in done.out
     with Image.open("check/contact_sheet.png") as sheet:
         assert sheet.width > 1000
 
@@ -179,7 +179,7 @@ def test_an_image_planted_in_another_split_is_found(cli: Commands, isic: Path, w
     assert done.code == 1
     assert kinds(findings) == {"leak": "error"}
     assert findings[0]["files"] == ["train/images/4.png = test/images/1.png"]
-    assert "1 images of train are also in test" in done.out
+    assert "train and test share images, 1 of them" in done.out
 
 
 def test_an_image_of_a_further_test_set_is_found_in_training(cli: Commands, isic: Path) -> None:
@@ -193,7 +193,7 @@ def test_an_image_of_a_further_test_set_is_found_in_training(cli: Commands, isic
     assert done.code == 1
     leaks = [finding for finding in findings if finding["kind"] == "leak"]
     assert [leak["files"] for leak in leaks] == [["train/images/3.png = Imgs/1.png"]]
-    assert "train are also in nc4k/test" in done.out
+    assert "train and nc4k/test share images" in done.out
 
 
 def test_everything_wrong_is_told_at_once(cli: Commands, isic: Path) -> None:
@@ -221,7 +221,7 @@ def test_everything_wrong_is_told_at_once(cli: Commands, isic: Path) -> None:
         "1.png: the mask has the values 77",
         "30 x 90",
         "cannot be decoded",
-        "4 errors, 3 warnings",
+        "errors: 4, warnings: 3",
     ):
         assert part in done.out.replace("\n", " "), part
 
@@ -262,4 +262,4 @@ def test_synthetic_scenes_can_be_checked_too(cli: Commands) -> None:
     sizes = ("dataset.train_size=6", "dataset.val_size=2", "dataset.test_size=2", "dataset.size=64")
     done = cli(prepare, "dataset=synthetic", "action=check", "output=check", *sizes)
     assert done.code == 0, done.err
-    assert "0 errors" in done.out
+    assert "errors: 0" in done.out

@@ -242,7 +242,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         """Return the error for a data set that lacks a file or folder which it always has."""
         return FileNotFoundError(
             f"{self.name}: no {missing} under {self.root}; run `python -m convlora.prepare "
-            f"dataset={self.name}`, or set data_root=FOLDER_THAT_HOLDS_{self.root.name}"
+            f"dataset={self.name}`, or set data_root=FOLDER if it lies elsewhere"
         )
 
     def _check(self, split: Split, pairs: list[Pair]) -> None:

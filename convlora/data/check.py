@@ -175,15 +175,13 @@ def _find_copies(facts: Sequence[Facts]) -> list[Finding]:
             a, b = facts[i], facts[j]
             leaks[a.place, b.place].append(f"{a.name} = {b.name}")
         for (one, other), files in leaks.items():
+            listing = f"{len(files)} of them ({kind}): {_first(files)}"
             if one == other:
-                message = (
-                    f"{len(files)} images are twice in {one} ({kind}): {_first(files)}; keep one of each"
-                )
+                message = f"{one} has images twice, {listing}; keep one of each"
                 findings.append(Finding("warning", "duplicate", message, files))
             else:
                 message = (
-                    f"{len(files)} images of {one} are also in {other} ({kind}): {_first(files)}; take them "
-                    "out of one, or scores are too good"
+                    f"{one} and {other} share images, {listing}; take them out of one, or scores mislead"
                 )
                 findings.append(Finding("error", "leak", message, files))
     return findings

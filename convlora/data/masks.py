@@ -143,7 +143,10 @@ def read_binary(path: Path, threshold: int | None = None) -> NDArray[np.uint8]:
         ValueError: the file cannot be decoded, is coloured, has grey values and no threshold is given, or
             has only 0 and 1, which a threshold would make empty.
     """
-    kind = "of class ids, 0 for background and 1 for foreground"
+    kind = (
+        "of class ids, 0 for background and 1 for foreground, or name all classes in dataset.class_names and "
+        "their colours in dataset.class_colors"
+    )
     values = _single_channel(path, _pixels(path), kind)
     found = np.unique(values)
     if threshold is not None:
