@@ -77,12 +77,12 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "stall":
             self.wfile.write(body[start : start + 1_500_000])
             self.wfile.flush()
-            time.sleep(2)
+            time.sleep(2.5)
         elif fault == "trickle":
             for position in range(start, len(body), 100_000):
                 self.wfile.write(body[position : position + 100_000])
                 self.wfile.flush()
-                time.sleep(0.2)
+                time.sleep(0.15)
         else:
             self.wfile.write(body[start:])
 
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(download, "PAUSE", 0.01)
-    monkeypatch.setattr(download, "TIMEOUTS", (5.0, 0.5))
+    monkeypatch.setattr(download, "TIMEOUTS", (5.0, 1.5))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
