@@ -18,6 +18,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -54,28 +55,39 @@ def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any])
     and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback.
     """
 
-    def run(cfg: DictConfig) -> Any:
-        return job(schema(**check_keys(config_name, schema, resolve(cfg))))
-
     def main() -> None:
         _quiet()
         full = os.environ.get("HYDRA_FULL_ERROR", "0")
+
+        def run(cfg: DictConfig) -> Any:
+            try:
+                return job(schema(**check_keys(config_name, schema, resolve(cfg))))
+            except USER_ERRORS as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:  # whose other jobs go on
+                    raise
+                sys.exit(_explain(error, full != "0"))  # past hydra, which would add a line of its own
+
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra hands its exceptions on instead of printing them
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
         except USER_ERRORS as error:
-            if full != "0":
-                traceback.print_exc()
-            message = str(error)
-            if message.startswith("Caught "):  # a loader process wraps its error in a traceback
-                message = message.rstrip().splitlines()[-1].partition("Error: ")[2]
-            elif isinstance(error, OmegaConfBaseException):  # what follows are its internals
-                message = message.splitlines()[0]
-            sys.exit(f"error: {message}")
+            sys.exit(_explain(error, full != "0"))
         finally:
             os.environ["HYDRA_FULL_ERROR"] = full
 
     return main
+
+
+def _explain(error: Exception, full: bool) -> str:
+    """Return the line that tells a user of an error; `full` also prints the traceback."""
+    if full:
+        traceback.print_exc()
+    message = str(error)
+    if message.startswith("Caught "):  # a loader process wraps its error in a traceback
+        message = message.rstrip().splitlines()[-1].partition("Error: ")[2]
+    elif isinstance(error, OmegaConfBaseException):  # what follows are its internals
+        message = message.splitlines()[0]
+    return f"error: {message}"
 
 
 def _quiet() -> None:

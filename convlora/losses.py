@@ -1,8 +1,7 @@
 """Losses of mask logits [n, c, h, w] against class ids [n, 1, h, w]; each a mean over images.
 
 Those of a foreground take c = 1 and ids 0 and 1. Ignored pixels count in no sum, so that they have no
-gradient; an image that is nothing else has the loss 0, or the constant that an empty mask leaves, and no
-gradient either.
+gradient; an image that is nothing else costs 0.
 """
 
 import torch
