@@ -95,8 +95,8 @@ class Scores(MetricCollection):
         class_names: of the data set.
 
     Raises:
-        ValueError: a path names nothing, there is no such primary score, or the scores are not for that many
-            classes.
+        ValueError: a path names no score, two scores have one name, there is no such primary score, or the
+            scores are not for that many classes.
     """
 
     def __init__(
@@ -120,6 +120,9 @@ class Scores(MetricCollection):
         self.primary = primary
         self.mode = mode
         self.names = [name for metric in metrics.values() for name in metric.names]
+        twice = [name for name in dict.fromkeys(self.names) if self.names.count(name) > 1]
+        if twice:
+            raise ValueError(f"metrics.scores gives {', '.join(twice)} twice; leave one of the two out")
         if primary not in self.names:
             raise ValueError(f"metrics.primary={primary} is not one of {', '.join(self.names)}")
         if mode not in ("min", "max"):
@@ -140,5 +143,8 @@ def _metric(name: str, score: str | Sums, class_names: Sequence[str]) -> Sums:
     if not isinstance(found, type):
         return ImageMean(name, found)
     metric = found(class_names) if getattr(found, "needs_class_names", False) else found()
-    assert isinstance(metric, Sums)
+    if not isinstance(metric, Sums):
+        raise ValueError(
+            f"metrics.scores.{name}: {score} is no score; give a function of one image or a Sums"
+        )
     return metric

@@ -16,7 +16,7 @@ def ber(prob: Gray, mask: Mask) -> float:
     return balanced_error_rate(np.array([*count(prob, mask), mask.size], np.float64))
 
 
-class PooledBer(Sums):
+class BalancedErrorRate(Sums):
     """Balanced error rate of all pixels of the data set taken together, the field's convention."""
 
     names = ("ber",)

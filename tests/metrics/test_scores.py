@@ -34,7 +34,7 @@ from convlora.metrics.classes import ClassScores
 from convlora.metrics.overlap import Pooled, dice, iou, threshold_jaccard
 from convlora.metrics.roads import Relaxed
 from convlora.metrics.saliency import EMeasure, FMeasure, context_measure, mae, s_measure, weighted_f_measure
-from convlora.metrics.shadow import PooledBer, ber
+from convlora.metrics.shadow import BalancedErrorRate, ber
 
 
 def degenerate_images() -> dict[str, Image]:
@@ -121,7 +121,7 @@ def test_overlap_and_error_rate_equal_scikit_learn(case: str) -> None:
 
 def test_pooled_scores_equal_scikit_learn_over_all_pixels_at_once() -> None:
     images = [random_image(seed, 20 + seed, 31) for seed in range(5)]
-    pooled, rate = Pooled(), PooledBer()
+    pooled, rate = Pooled(), BalancedErrorRate()
     for prob, mask in images:
         feed(pooled, prob, mask)
         feed(rate, prob, mask)
@@ -137,7 +137,7 @@ def test_pooled_scores_equal_scikit_learn_over_all_pixels_at_once() -> None:
 def test_pooled_scores_of_nothing_in_nothing_are_perfect() -> None:
     prob, mask = CASES["empty mask, nothing found"]
     assert feed(Pooled(), prob, mask) == {"dice_pooled": 1, "iou_pooled": 1}
-    assert feed(PooledBer(), prob, mask) == {"ber": 0}
+    assert feed(BalancedErrorRate(), prob, mask) == {"ber": 0}
 
 
 def outline(region: NDArray[np.bool_]) -> NDArray[np.intp]:
@@ -340,7 +340,14 @@ def test_scores_have_the_names_they_announce(name: str) -> None:
 
 
 def test_no_image_gives_no_number() -> None:
-    for metric in (ImageMean("dice", dice), Pooled(), PooledBer(), Relaxed(), EMeasure(), Calibration()):
+    for metric in (
+        ImageMean("dice", dice),
+        Pooled(),
+        BalancedErrorRate(),
+        Relaxed(),
+        EMeasure(),
+        Calibration(),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torchmetrics', that nothing was added
             values = metric.compute()
@@ -351,6 +358,11 @@ def test_no_image_gives_no_number() -> None:
     ("changes", "message"),
     [
         ({"scores": {"dice": "convlora.metrics.overlap.dcie"}}, r"scores\.dice: there is no convlora.*dcie"),
+        ({"scores": {"dice": "pathlib.Path"}}, r"scores\.dice: pathlib\.Path is no score"),
+        (
+            {"scores": dict.fromkeys(("a", "b"), "convlora.metrics.overlap.Pooled")},
+            r"metrics\.scores gives dice_pooled, iou_pooled twice",
+        ),
         ({"primary": "iou"}, r"metrics\.primary=iou is not one of dice"),
         ({"mode": "best"}, r"metrics\.mode=best must be min or max"),
         ({"class_names": ["a", "b"]}, r"scores\.dice is for a foreground, but .* 2 classes \(a, b\)"),
