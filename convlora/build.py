@@ -178,7 +178,7 @@ def make_loss(loss: Config, num_classes: int) -> nn.Module:
 def make_test_sets(
     names: Sequence[str], config_name: str, first: SegmentationDataModule
 ) -> list[SegmentationDataModule]:
-    """Build further data sets to test on, read and batched as the first one.
+    """Build further data sets to test on, read and batched as the first one, its threshold included.
 
     Args:
         names: of files in conf/dataset.
@@ -194,7 +194,10 @@ def make_test_sets(
     sets: list[SegmentationDataModule] = []
     for name in names:
         composed = hydra.compose(config_name, [*own, f"dataset={name}"])
-        data: SegmentationDataModule = make(f"dataset={name}", resolve(composed.dataset))
+        config = resolve(composed.dataset)
+        if config.get("threshold") is None:
+            config["threshold"] = first.threshold
+        data: SegmentationDataModule = make(f"dataset={name}", config)
         data.resize, data.batch_size, data.num_workers = first.resize, first.batch_size, first.num_workers
         if data.name in [known.name for known in (first, *sets)]:
             raise ValueError(f"test_sets: {name} is tested already; name each data set once")

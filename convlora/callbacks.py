@@ -1,6 +1,8 @@
 """Overlays, scores per image and the W&B logger."""
 
 import csv
+import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -156,6 +158,8 @@ class Overlays(Callback):
 
         def goodness(name: str) -> float:
             value = self.table.rows[name][scores.primary]
+            if math.isnan(value):
+                return -math.inf
             return value if scores.mode == "max" else -value
 
         ranked = sorted(names, key=goodness)
@@ -214,6 +218,17 @@ def write_curves(
             for name, row in zip(class_names, confusion.tolist(), strict=True)
         }
         write_rows(folder / "confusion.csv", "truth", rows)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record; what is no number, as the IoU of a class that is nowhere, becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(part) for key, part in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    path.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
 
 
 def write_rows(path: Path, key: str, rows: Mapping[str, Mapping[str, float]]) -> None:

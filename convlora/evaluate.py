@@ -1,6 +1,5 @@
 """Score an adapter: `python -m convlora.evaluate checkpoint=RUN/adapter.safetensors dataset=cvc_clinicdb`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 
 from convlora.build import Config, check_classes, command, load_adapter, make, make_loss, make_test_sets
-from convlora.callbacks import Overlays, ScoreTable, render_scores, test_each
+from convlora.callbacks import Overlays, ScoreTable, render_scores, test_each, write_json
 from convlora.data.base import SegmentationDataModule
 from convlora.task import SegmentationTask
 
@@ -77,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> None:
         **results[data.name],
     }
     record["test_sets"] = {test.name: images[test.name] | results[test.name] for test in tests[1:]}
-    (output / "scores.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(output / "scores.json", record)
     console = Console(highlight=False, soft_wrap=True)
     console.print(render_scores(results))
     console.print(f"scores.json, images.csv and pictures in {output}")

@@ -75,21 +75,20 @@ class FocalDiceLoss(nn.Module):
 
 
 class BalancedBceLoss(nn.Module):
-    """Binary cross-entropy in which the foreground and the background of each image weigh the same.
+    """Binary cross-entropy balanced in each image, a mean over pixels (HED, Xie and Tu, ICCV 2015, eq. 2).
 
-    Each foreground pixel is weighted by the background's share of the pixels and the reverse (HED, Xie and
-    Tu, ICCV 2015, eq. 2); divided by the sum of the weights, that is half the mean over the foreground plus
-    half the mean over the background. An image that has only one of them gives the mean over that.
+    Each foreground pixel is weighted by the background's share of the pixels and the reverse, so that both
+    kinds weigh the same; the rarer one of them is, the less the image costs. An image of one kind costs
+    nothing. The code released with Conv-LoRA does the same for shadows.
     """
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Return the scalar loss, computed in float32."""
         logits, target, valid = _binary(logits, masks)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        kinds = (valid * target, valid * (1 - target))
-        there = sum((kind.sum(dim=(1, 2, 3)) > 0).float() for kind in kinds)
-        total = torch.stack([weighted_mean(cross_entropy, kind) for kind in kinds]).sum(dim=0)
-        return (total / torch.clamp(torch.as_tensor(there), min=1)).mean()
+        share = weighted_mean(target, valid)[:, None, None, None]
+        weights = target * (1 - share) + (1 - target) * share
+        return weighted_mean(weights * cross_entropy, valid).mean()
 
 
 class CrossEntropyDiceLoss(nn.Module):
@@ -103,7 +102,7 @@ class CrossEntropyDiceLoss(nn.Module):
         cross_entropy = F.cross_entropy(logits, ids, ignore_index=IGNORED, reduction="none")[:, None]
         valid = (ids != IGNORED).float()[:, None]
         probs = torch.softmax(logits, dim=1) * valid
-        # class by class, because one-hot masks of large images would take more memory than all the rest
+        # bytes, because one-hot floats of large images would take more memory than all the rest
         own = [ids == index for index in range(logits.shape[1])]
         overlap = torch.stack([(probs[:, c] * mask).sum(dim=(1, 2)) for c, mask in enumerate(own)], dim=1)
         size = torch.stack([mask.sum(dim=(1, 2)) for mask in own], dim=1)

@@ -46,7 +46,7 @@ def prepare(config: PrepareConfig) -> None:
         ValueError: no such action.
         SystemExit: with code 1 where the check found errors.
     """
-    data: SegmentationDataModule = make("dataset", config.dataset)
+    data: SegmentationDataModule = make("dataset", config.dataset | {"shots": None})  # all of it
     if config.action == "download":
         download(data)
     elif config.action == "check":
@@ -75,7 +75,7 @@ def download(data: SegmentationDataModule) -> None:
         if source.url is None:
             raise
         archive = fetch(data.name, source, folder)
-        unpack(data.name, archive, folder)
+        unpack(data.name, archive, data.root)
         data.forget()
         try:
             verify(data)

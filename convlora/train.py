@@ -1,7 +1,6 @@
 """Train: `python -m convlora.train dataset=kvasir model=sam_vit_b peft=conv_lora`."""
 
 import csv
-import json
 import pickle
 import shutil
 import tempfile
@@ -40,6 +39,7 @@ from convlora.callbacks import (
     finish_wandb,
     render_scores,
     test_each,
+    write_json,
 )
 from convlora.data.base import SegmentationDataModule
 from convlora.draw import colors_of
@@ -173,7 +173,7 @@ def fit_and_test(
             "total_parameters": count(segmenter),
             **identity,
         }
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(run_dir / "summary.json", summary)
         console.print(render_scores(results))
         console.print(f"adapter: {path}")
     return best_score

@@ -1,8 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 
-from convlora.callbacks import finish_wandb, wandb_logger
+from convlora.callbacks import finish_wandb, wandb_logger, write_json
 
 
 def test_wandb_is_offline_and_silent_where_nobody_is_logged_in(
@@ -21,3 +22,12 @@ def test_wandb_is_offline_and_silent_where_nobody_is_logged_in(
         assert run.group == "group"
     finally:
         finish_wandb()
+
+
+def test_what_is_no_number_is_null_in_json(tmp_path: Path) -> None:
+    write_json(
+        tmp_path / "a.json", {"miou": 0.5, "sets": {"aerial": {"iou_roof": float("nan"), "images": 3}}}
+    )
+    text = (tmp_path / "a.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == {"miou": 0.5, "sets": {"aerial": {"iou_roof": None, "images": 3}}}

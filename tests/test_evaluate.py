@@ -152,6 +152,18 @@ def test_several_test_sets_have_a_row_each(cli: Commands, run: Path) -> None:
     assert "cod10k, test" in done.out
 
 
+def test_further_test_sets_are_read_with_the_first_ones_threshold(cli: Commands, run: Path) -> None:
+    for name, count in (("NC4K", 3), ("COD10K", 2)):
+        plant_test_set(Path("sets/TestDataset") / name, count)
+        for file in Path("sets/TestDataset", name, "GT").iterdir():
+            mask = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+            cv2.imwrite(str(file), np.where(mask > 0, 200, 40).astype(np.uint8))
+    done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", "dataset=nc4k", "test_sets=[cod10k]", *QUIET,
+               "data_root=sets", "dataset.num_workers=0", "dataset.threshold=127", "output=both")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "cod10k, test" in done.out
+
+
 def test_a_missing_further_test_set_is_told_before_anything_is_scored(cli: Commands, run: Path) -> None:
     done = cli(
         evaluate, f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "test_sets=[nc4k]", "output=o"

@@ -10,6 +10,17 @@ from convlora import train
 
 PAPER = sorted(path.stem for path in (ROOT / "conf/experiment/paper").glob("*.yaml"))
 EPOCHS = {"camo": 20, "massachusetts_roads": 20, "sbu": 10}
+LOSSES = {"sbu": "BalancedBceLoss"} | dict.fromkeys(("trans10k_v1", "trans10k_v2"), "CrossEntropyDiceLoss")
+MONITORS = {
+    "camo": "val/s_measure",
+    "isic2017": "val/jaccard",
+    "leaf_disease": "val/iou",
+    "massachusetts_roads": "val/iou",
+    "polyp": "val/s_measure",
+    "sbu": "val/ber",
+    "trans10k_v1": "val/miou",
+    "trans10k_v2": "val/miou",
+}
 FAST = ("leaf_disease", "massachusetts_roads")
 each = pytest.mark.parametrize("name", PAPER)
 
@@ -34,7 +45,12 @@ def test_experiment_is_the_papers_run(cli: Commands, name: str) -> None:
     assert config["dataset"]["batch_size"] * trainer["accumulate_grad_batches"] == 4
     assert config["early_stopping"]["patience"] == 10
     assert [step["p"] for step in config["augment"]["transforms"]] == [0.5]
-    assert config["loss"].get("boundary_weighted", False) is False
+    loss = LOSSES.get(name, "StructureLoss")
+    assert config["loss"]["_target_"].endswith(f".{loss}")
+    assert config["loss"].get("boundary_weighted") == (False if loss == "StructureLoss" else None)
+    assert config["early_stopping"]["monitor"] == MONITORS[name]
+    if name == "sbu":
+        assert config["metrics"]["scores"]["ber"] == "convlora.metrics.shadow.ber"
 
 
 @each

@@ -218,7 +218,10 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def incomplete(self) -> list[str]:
         """Say which splits have not as many images as were published; raises what `setup` does."""
         counts = {split: len(self.listed(split)) if split in self.splits else 0 for split in SPLITS}
-        found = {key: sum(counts[split] for split in SPLITS if split in key) for key in self.source.images}
+        found = {
+            key: sum(counts[split] for split in SPLITS if split in key.split("+"))
+            for key in self.source.images
+        }
         return [
             f"{self.name}: {key} has {found[key]} images, {expected} were published"
             for key, expected in self.source.images.items()

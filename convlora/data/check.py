@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import cv2
@@ -85,7 +86,7 @@ def list_places(
                 listed.append((place, data.listed(split)))
             except (OSError, ValueError) as error:
                 findings.append(Finding("error", "listing", str(error)))
-        if all(finding.kind != "listing" for finding in findings):  # a part of a data set may be meant
+        if sum(place.data is data for place, _ in listed) == len(data.splits):  # a part of it may be meant
             findings += [Finding("warning", "incomplete", complaint) for complaint in data.incomplete()]
     return listed, findings
 
@@ -191,7 +192,7 @@ def _exact_copies(facts: Sequence[Facts]) -> list[tuple[int, int]]:
     by_content: dict[str, list[int]] = defaultdict(list)
     for index, each in enumerate(facts):
         by_content[each.content].append(index)
-    return [(group[0], other) for group in by_content.values() for other in group[1:]]
+    return [pair for group in by_content.values() for pair in combinations(group, 2)]
 
 
 def _near_copies(facts: Sequence[Facts]) -> list[tuple[int, int]]:

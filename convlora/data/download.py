@@ -76,8 +76,8 @@ def fetch(name: str, source: Source, folder: Path) -> Path:
     return path
 
 
-def unpack(name: str, archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar archive into a folder, and nothing outside it.
+def unpack(name: str, archive: Path, root: Path) -> None:
+    """Unpack the folder `root.name` of a zip or tar archive as `root`, and nothing outside it.
 
     Files that are there in full are kept, so that an interrupted run is finished by the next.
 
@@ -90,7 +90,10 @@ def unpack(name: str, archive: Path, folder: Path) -> None:
         with _members(archive) as members:
             for member in members:
                 _check_member(name, archive, member)
-            files = [member for member in members if not member.skipped]
+            folder = root.parent
+            files = [member for member in members if not member.skipped and member.is_in(root.name)]
+            if not files:
+                raise ValueError(f"{name}: {archive} has no folder {root.name}; delete it and run again")
             folder.mkdir(parents=True, exist_ok=True)
             files = [member for member in files if not _is_whole(folder / member.path, member)]
             _check_room(name, folder, sum(member.size for member in files))
@@ -101,11 +104,13 @@ def unpack(name: str, archive: Path, folder: Path) -> None:
         raise ValueError(
             f"{name}: {archive} is damaged or no zip or tar archive ({reason}); delete it and run again"
         ) from error
+    except NotImplementedError as error:
+        raise ValueError(f"{name}: {archive} cannot be unpacked here ({error}); unpack it by hand") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise OSError(
-            f"{name}: the disk of {folder} is full; free some and run again to go on from there"
+            f"{name}: the disk of {root.parent} is full; free some and run again to go on from there"
         ) from error
 
 
@@ -123,6 +128,10 @@ class Member:
         """Whether it is a folder, or what only a Mac needs."""
         parts = PurePosixPath(self.path).parts
         return self.path.endswith("/") or not parts or parts[0] == "__MACOSX" or parts[-1] == ".DS_Store"
+
+    def is_in(self, folder: str) -> bool:
+        """Whether it lies in a folder at the top of the archive."""
+        return PurePosixPath(self.path).parts[0] == folder
 
 
 @contextmanager

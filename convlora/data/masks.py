@@ -1,6 +1,6 @@
 """Mask files as class ids, whatever way they are stored."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,9 @@ _BINARY_VALUES = ({0, 1}, {0, 255}, {0, 65535})
 class Masks:
     """How the mask files of a data set become class ids.
 
-    With one class, the foreground, masks are binary. With several, a file of one channel, or with a palette,
-    holds ids; a file of three holds the classes' colours where they are given, else ids in equal channels.
+    With one class, the foreground, masks are binary. With several, a file of one channel holds ids; a file of
+    three holds the classes' colours where they are given, else ids in equal channels; a file with a palette
+    holds colours where all that it uses are the classes', else ids.
 
     Args:
         class_names: of the foreground alone, or of every class, the background included.
@@ -69,6 +70,8 @@ class Masks:
                 f"dataset.threshold={self.threshold} makes binary masks, but dataset.class_names has {count} "
                 "classes; set threshold=null, or name the foreground alone"
             )
+        if self.threshold is not None and not 0 <= self.threshold < 255:
+            raise ValueError(f"dataset.threshold={self.threshold} must be 0 to 254, or null")
         if isinstance(self.ignore_index, int) and self.ignore_index in self.ids:
             raise ValueError(
                 f"dataset.ignore_index={self.ignore_index} is the id of class "
@@ -89,7 +92,7 @@ class Masks:
         """
         if len(self.class_names) == 1:
             return read_binary(path, self.threshold)
-        values = _pixels(path)
+        values = _pixels(path, self._colors)
         if values.ndim == 3 and values.shape[2] > 2 and self.class_colors is not None:
             red, green, blue = np.moveaxis(values[..., :3].astype(np.int32), -1, 0)
             return self._look_up(path, (red << 16) + (green << 8) + blue, self._colors)
@@ -164,8 +167,19 @@ def read_binary(path: Path, threshold: int | None = None) -> NDArray[np.uint8]:
     return np.asarray(values > 0, dtype=np.uint8)
 
 
-def _pixels(path: Path) -> NDArray[Any]:
+def _pixels(path: Path, colors: Collection[int] = ()) -> NDArray[Any]:
+    """Read a mask; a palette's colours if all that are used are among `colors`, else its indices."""
     image = open_image(path)
+    if image.mode == "P":
+        palette = image.getpalette("RGB") or []
+        used = [palette[3 * index :][:3] for index in np.unique(np.asarray(image)).tolist()]
+        if colors and all(len(color) == 3 and _number(color) in colors for color in used):
+            image = image.convert("RGB")
+        elif not colors and palette[:6] == [255, 255, 255, 0, 0, 0]:
+            raise ValueError(
+                f"{path}: a palette mask with white at index 0 and black at 1, which would be taken the "
+                "other way round; save it as a grey image"
+            )
     return np.asarray(image.convert("RGB") if image.mode in ("CMYK", "YCbCr") else image)
 
 

@@ -31,8 +31,8 @@ class Sums(Metric, ABC):
     is_differentiable = False
     names: tuple[str, ...]
     """Of the scores."""
-    multi_class: bool | None = False
-    """Whether it tells several classes apart; None if it does not matter."""
+    multi_class: bool = False
+    """Whether it is for several classes, and not for a foreground."""
     total: Tensor
     count: Tensor
 
@@ -108,7 +108,7 @@ class Scores(MetricCollection):
     ):
         metrics: dict[str, Any] = {name: _metric(name, score, class_names) for name, score in scores.items()}
         for name, metric in metrics.items():
-            if metric.multi_class is not None and metric.multi_class != (len(class_names) > 1):
+            if metric.multi_class != (len(class_names) > 1):
                 several = ("several classes", "metrics=binary")
                 one = ("a foreground", "metrics=multiclass loss=cross_entropy_dice")
                 kind, way_out = several if metric.multi_class else one

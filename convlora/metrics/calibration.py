@@ -24,19 +24,18 @@ class Calibration(Sums):
     """
 
     names = ("ece",)
-    multi_class = None
     needs_class_names = True
 
     def __init__(self, class_names: Sequence[str] = ("foreground",), num_bins: int = 15):
         if not 1 <= num_bins < LEVELS:
             raise ValueError(f"num_bins={num_bins} must be 1 to {LEVELS - 1}")
         super().__init__(size=2 * LEVELS)
-        self.binary = len(class_names) == 1
+        self.multi_class = len(class_names) > 1
         self.num_bins = num_bins
 
     def sums(self, classes: Gray, prob: Gray, mask: Gray) -> Values:
         """Return, for each 8-bit probability, the number of pixels and of those where it came true."""
-        true = (mask == 1) if self.binary else (mask == classes)
+        true = (mask == classes) if self.multi_class else (mask == 1)
         valid = mask != IGNORED
         return np.concatenate(
             [np.bincount(prob[chosen], minlength=LEVELS) for chosen in (valid, valid & true)]

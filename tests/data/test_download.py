@@ -312,7 +312,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("make", [make_zip, make_tar])
 def test_archives_unpack_without_what_only_a_mac_needs(make: Any, tmp_path: Path) -> None:
     archive = make(tmp_path / "a", {**FILES, "__MACOSX/toy/._1.png": b"", "toy/.DS_Store": b""})
-    unpack("toy", archive, tmp_path / "data")
+    unpack("toy", archive, tmp_path / "data/toy")
     assert tree(tmp_path / "data") == FILES
 
 
@@ -323,7 +323,7 @@ def test_paths_that_lead_outside_are_refused_before_anything_is_written(
 ) -> None:
     archive = make(tmp_path / "a", {**FILES, name: b"evil"})
     with pytest.raises(ValueError, match=r"toy: .* was not unpacked, .*evil.* leads outside the folder"):
-        unpack("toy", archive, tmp_path / "in/data")
+        unpack("toy", archive, tmp_path / "in/data/toy")
     assert tree(tmp_path) == {"a": archive.read_bytes()}
 
 
@@ -339,7 +339,7 @@ def test_links_are_refused(tmp_path: Path) -> None:
             archive.addfile(member)
     for file in ("a.zip", "b.tar"):
         with pytest.raises(ValueError, match=r"'toy/link' is a link"):
-            unpack("toy", tmp_path / file, tmp_path / "data")
+            unpack("toy", tmp_path / file, tmp_path / "data/toy")
     assert not (tmp_path / "data").exists()
 
 
@@ -349,18 +349,18 @@ def test_damaged_archives_are_named(cut: int, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:cut] if cut else bytes(content[:200]) + b"?" * 40 + bytes(content[240:]))
     with pytest.raises(ValueError, match=r"toy: .*a\.zip is damaged .*; delete it and run again"):
-        unpack("toy", path, tmp_path / "data")
+        unpack("toy", path, tmp_path / "data/toy")
     assert "toy/a" not in tree(tmp_path / "data")
 
 
 def test_an_interrupted_unpacking_is_finished(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "a.zip", FILES)
     folder = tmp_path / "data"
-    unpack("toy", archive, folder)
+    unpack("toy", archive, folder / "toy")
     (folder / "toy/masks/1.png").write_bytes(b"tw")  # as if it had been killed
     (folder / "toy/train.csv").unlink()
     (folder / "toy/mine.txt").write_text("a user's own")
-    unpack("toy", archive, folder)
+    unpack("toy", archive, folder / "toy")
     assert tree(folder) == {**FILES, "toy/mine.txt": b"a user's own"}
 
 
@@ -368,7 +368,7 @@ def test_too_small_a_disk_is_told_before_unpacking(tmp_path: Path, monkeypatch: 
     archive = make_zip(tmp_path / "a.zip", {"toy/a": bytes(5_000_000)})
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: Usage(2**20))
     with pytest.raises(OSError, match=r"toy: .* needs 5 MiB and has 1 MiB left"):
-        unpack("toy", archive, tmp_path)
+        unpack("toy", archive, tmp_path / "toy")
     assert tree(tmp_path).keys() == {"a.zip"}
 
 
@@ -412,15 +412,15 @@ def test_a_damaged_tar_is_named_before_anything_is_written(kind: str, tmp_path: 
     content[200_000:200_200] = b"?" * 200
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"toy: .*a is damaged .*; delete it and run again"):
-        unpack("toy", path, tmp_path / "data")
+        unpack("toy", path, tmp_path / "data/toy")
     assert tree(tmp_path).keys() == {"a"}
 
 
 def test_what_is_unpacked_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = make_zip(tmp_path / "a.zip", FILES)
-    unpack("toy", archive, tmp_path / "data")
+    unpack("toy", archive, tmp_path / "data/toy")
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: Usage(0))
-    unpack("toy", archive, tmp_path / "data")
+    unpack("toy", archive, tmp_path / "data/toy")
     assert tree(tmp_path / "data") == FILES
 
 
@@ -434,8 +434,8 @@ def test_a_disk_that_fills_up_while_unpacking_is_told(
     with monkeypatch.context() as patch:
         patch.setattr(download.shutil, "copyfileobj", full)
         with pytest.raises(OSError, match=r"toy: the disk of .* is full; free some and run again"):
-            unpack("toy", archive, tmp_path / "data")
-    unpack("toy", archive, tmp_path / "data")
+            unpack("toy", archive, tmp_path / "data/toy")
+    unpack("toy", archive, tmp_path / "data/toy")
     assert tree(tmp_path / "data").items() >= FILES.items()
 
 
@@ -446,3 +446,11 @@ def test_devices_in_a_zip_are_refused(tmp_path: Path) -> None:
         archive.writestr(info, b"")
     with pytest.raises(ValueError, match=r"'toy/pipe' is a link or a device"):
         unpack("toy", tmp_path / "a.zip", tmp_path / "data")
+
+
+def test_only_the_folder_of_the_data_set_is_unpacked(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {**FILES, "sitecustomize.py": b"evil", "other/train.csv": b"evil"})
+    unpack("toy", archive, tmp_path / "data/toy")
+    assert tree(tmp_path / "data") == FILES
+    with pytest.raises(ValueError, match=r"a\.zip has no folder isic"):
+        unpack("isic", archive, tmp_path / "data/isic")

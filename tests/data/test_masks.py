@@ -104,6 +104,23 @@ def test_colours_stand_for_their_classes_with_and_without_alpha(tmp_path: Path) 
         assert np.array_equal(found, IDS)
 
 
+def test_a_palette_of_the_classes_colours_is_read_by_colour_in_whatever_order(tmp_path: Path) -> None:
+    """As image editors reduce a coloured mask."""
+    coloured = Image.fromarray(np.array(COLORS, np.uint8)[IDS])
+    coloured.quantize(3).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == "P"
+    assert np.array_equal(Masks(NAMES, class_colors=COLORS).read(tmp_path / "a.png"), IDS)
+
+
+def test_a_binary_palette_the_other_way_round_is_refused(tmp_path: Path) -> None:
+    image = Image.frombytes("P", (2, 1), bytes([0, 1]))
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    image.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"white at index 0 .* save it as a grey image"):
+        read_binary(tmp_path / "a.png")
+
+
 def test_with_colours_a_single_channel_still_holds_ids(tmp_path: Path) -> None:
     assert np.array_equal(Masks(NAMES, class_colors=COLORS).read(save(tmp_path / "a.png", IDS)), IDS)
 
@@ -171,6 +188,7 @@ def test_a_colour_mask_without_colours_is_told_the_way_out(tmp_path: Path) -> No
         ),
         ({"class_names": ["a"], "ignore_index": 255}, r"name the background too, as in \[background, a\]"),
         ({"class_names": ["a"], "class_ids": [1]}, "with one class masks are binary"),
+        ({"class_names": ["a"], "threshold": 255}, "threshold=255 must be 0 to 254"),
         ({"class_names": ["a", "b"], "threshold": 127}, "threshold=127 makes binary masks"),
         ({"class_names": ["a", "b"], "ignore_index": 1}, "ignore_index=1 is the id of class b"),
     ],
