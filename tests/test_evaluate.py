@@ -158,8 +158,8 @@ def test_further_test_sets_are_read_with_the_first_ones_threshold(cli: Commands,
         for file in Path("sets/TestDataset", name, "GT").iterdir():
             mask = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
             cv2.imwrite(str(file), np.where(mask > 0, 200, 40).astype(np.uint8))
-    done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", "dataset=nc4k", "test_sets=[cod10k]", *QUIET,
-               "data_root=sets", "dataset.num_workers=0", "dataset.threshold=127", "output=both")  # fmt: skip
+    sets = ("dataset=nc4k", "test_sets=[cod10k]", "data_root=sets", "dataset.threshold=127")
+    done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", *sets, *QUIET, "dataset.num_workers=0")
     assert done.code == 0, done.err
     assert "cod10k, test" in done.out
 
