@@ -233,7 +233,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         self._listed = {}
 
     def _few(self, pairs: list[Pair]) -> list[Pair]:
-        if not 1 <= (shots := self.shots or 0) <= len(pairs):
+        shots = self.shots
+        if not isinstance(shots, int) or not 1 <= shots <= len(pairs):
             raise ValueError(
                 f"dataset.shots={self.shots} must be 1 to {len(pairs)}, the training images of {self.name}, "
                 "or null for all of them"

@@ -195,8 +195,8 @@ def test_few_shots_are_fixed_by_the_seed_and_nested(tmp_path: Path) -> None:
     assert names[10, 0] != names[10, 1]
 
 
-@pytest.mark.parametrize("shots", [0, 41])
-def test_shots_beyond_the_training_images_are_refused(tmp_path: Path, shots: int) -> None:
+@pytest.mark.parametrize("shots", [0, 41, 2.5])
+def test_shots_beyond_the_training_images_are_refused(tmp_path: Path, shots: float) -> None:
     listed(tmp_path / "polyp", "train.csv", "TrainDataset", "images", "masks", 40, binary)
     with pytest.raises(ValueError, match=rf"dataset\.shots={shots} must be 1 to 40"):
         build("kvasir", tmp_path, shots=shots).names("train")
