@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from benchmarks.measure import alternate, ratio, report
 from convlora.build import CONF, make
-from convlora.metrics.base import Scores
+from convlora.metrics.scores import Scores
 
 SIZES = ((264, 352), (768, 1024))  # height and width, px
 CAMO = 248  # images

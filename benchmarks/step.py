@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import MEBIBYTE, alternate, default_device, memory, ratio, report, warm_heap
 from convlora.build import CONF, Config
 from convlora.losses import StructureLoss
-from convlora.peft.base import Method, aux_loss
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA
+from convlora.peft.method import Method, aux_loss
 from convlora.peft.selective import DecoderOnly
 from convlora.sam.zoo import Backbone, hold_frozen
 from convlora.segmenter import Segmenter

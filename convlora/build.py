@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from convlora.data.base import SegmentationDataModule
+from convlora.data.module import SegmentationDataModule
 from convlora.sam.zoo import load_backbone
 from convlora.segmenter import Segmenter
 from convlora.task import check_identity

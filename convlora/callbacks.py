@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from convlora import draw
-from convlora.data.base import Batch, SegmentationDataModule, Split
-from convlora.metrics.base import Scores
+from convlora.data.module import Batch, SegmentationDataModule, Split
+from convlora.metrics.scores import Scores
 from convlora.segmenter import Prediction, Segmenter, restore_size, to_prediction
 from convlora.task import SegmentationTask
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from convlora.build import Config, check_classes, command, load_adapter, make, make_loss, make_test_sets
 from convlora.callbacks import Overlays, ScoreTable, render_scores, test_each, write_json
-from convlora.data.base import SegmentationDataModule
+from convlora.data.module import SegmentationDataModule
 from convlora.task import SegmentationTask
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from convlora import draw
 from convlora.build import Config, command, make, make_test_sets
-from convlora.data.base import Pair, SegmentationDataModule
 from convlora.data.check import Place, examine, judge, list_places, summarise
 from convlora.data.download import fetch, unpack
+from convlora.data.module import Pair, SegmentationDataModule
 
 SHEET = 24  # images of a contact sheet
 SHEET_SIDE = 320  # px, of the longest side of each

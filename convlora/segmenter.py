@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder as SamMaskDecoder
 from torch import Tensor, nn
 
-from convlora.peft.base import Method
+from convlora.peft.method import Method
 from convlora.sam.zoo import Sam
 
 HALF = 128  # of 8-bit probabilities, the least that is at least one half

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from convlora.data.base import Batch
-from convlora.metrics.base import Scores
-from convlora.peft.base import aux_loss
+from convlora.data.module import Batch
+from convlora.metrics.scores import Scores
+from convlora.peft.method import aux_loss
 from convlora.segmenter import Segmenter, restore_size, to_prediction
 
 

@@ -41,9 +41,9 @@ from convlora.callbacks import (
     test_each,
     write_json,
 )
-from convlora.data.base import SegmentationDataModule
+from convlora.data.module import SegmentationDataModule
 from convlora.draw import colors_of
-from convlora.metrics.base import Scores
+from convlora.metrics.scores import Scores
 from convlora.segmenter import Segmenter
 from convlora.task import SegmentationTask, check_identity
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from convlora import IGNORED
 from convlora.build import make
-from convlora.metrics.base import Scores
+from convlora.metrics.scores import Scores
 
 Array = NDArray[np.uint8]
 Image = tuple[Array, NDArray[np.bool_]]

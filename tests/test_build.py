@@ -72,7 +72,7 @@ def test_adapter_of_another_rank_is_refused(adapter: Path) -> None:
         "os.system",
         "builtins.eval",
         "convlora.build.load_adapter",
-        "convlora.peft.base.replace_linears",
+        "convlora.peft.method.replace_linears",
         "convlora.sam.zoo.torch.hub.load",
         "convlora.sam.zoo.torch.load",
         "convlora.sam.checkpoints.Path",

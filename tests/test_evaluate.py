@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, SMALL, Commands
 
 from convlora import evaluate, predict, train
-from convlora.data.synthetic import draw_scene
+from convlora.data.sets.synthetic import draw_scene
 
 TEST_SET = ("dataset=synthetic", "dataset.size=48", "dataset.test_size=5", "dataset.num_workers=0")
 QUIET = ("trainer.accelerator=cpu", "trainer.enable_progress_bar=false")

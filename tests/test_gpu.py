@@ -9,9 +9,9 @@ from segment_anything.modeling.image_encoder import Attention
 from torch import nn
 
 from convlora.losses import StructureLoss
-from convlora.peft.base import aux_loss
 from convlora.peft.conv_experts import ConvExperts
 from convlora.peft.conv_lora import ConvLoRA
+from convlora.peft.method import aux_loss
 from convlora.sam.attention import RelPosAttention
 from convlora.sam.zoo import SamViT
 from convlora.segmenter import Segmenter

@@ -7,9 +7,9 @@ from conftest import from_conf
 from literal import as_released
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, TwoWayTransformer
 
-from convlora.peft.base import Method, aux_loss
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA
+from convlora.peft.method import Method, aux_loss
 from convlora.peft.selective import DecoderOnly
 from convlora.sam.zoo import MobileSam, SamViT
 from convlora.segmenter import Segmenter, restore_size, to_prediction

@@ -177,7 +177,7 @@ def test_misspelt_key_on_the_command_line_is_named(cli: Commands) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("dataset/mine.yaml", {"_target_": "convlora.data.folder.Folder", "nmae": "mine"},
+        ("dataset/mine.yaml", {"_target_": "convlora.data.sets.folder.Folder", "nmae": "mine"},
          "dataset: unknown key 'nmae'; did you mean 'name'?"),
         ("experiment/mine.yaml", {"sead": 3}, "train: unknown key 'sead'; did you mean 'seed'?"),
         ("experiment/mine.yaml", {"peft": {"num_expert": 3}},

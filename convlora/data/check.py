@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convlora import IGNORED
-from convlora.data.base import Pair, SegmentationDataModule, Split
+from convlora.data.module import Pair, SegmentationDataModule, Split
 
 HASH_BITS = 64
 SAME_HASH = 8  # bits in which the perceptual hashes of one image, encoded twice, may differ

@@ -23,7 +23,7 @@ import pooch
 import requests
 from tqdm import tqdm
 
-from convlora.data.base import Source
+from convlora.data.module import Source
 
 MEBIBYTE = 2**20
 CHUNK = 2**16  # bytes; a broken connection loses one

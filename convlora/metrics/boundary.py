@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from convlora.metrics.base import Gray, Mask
 from convlora.metrics.overlap import THRESHOLD
+from convlora.metrics.scores import Gray, Mask
 
 PERCENTILE = 95
 TOLERANCE = 0.0075  # of the image's diagonal; Csurka et al., BMVC 2013

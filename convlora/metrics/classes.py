@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from convlora import IGNORED
-from convlora.metrics.base import Gray, Sums, Values
+from convlora.metrics.scores import Gray, Sums, Values
 
 
 class ClassScores(Sums):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from convlora.metrics.base import Gray, Mask, Sums, Values
+from convlora.metrics.scores import Gray, Mask, Sums, Values
 
 THRESHOLD = 128  # of 8-bit probabilities; the least that is at least one half
 ISIC_THRESHOLD = 0.65  # below this Jaccard index a segmentation counts as failed; ISIC 2018, arXiv:1902.03368

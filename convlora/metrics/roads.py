@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from convlora.metrics.base import Gray, Mask, Sums, Values
 from convlora.metrics.overlap import THRESHOLD
+from convlora.metrics.scores import Gray, Mask, Sums, Values
 
 
 class Relaxed(Sums):

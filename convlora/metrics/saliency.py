@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import py_sod_metrics
 
-from convlora.metrics.base import Gray, Mask, Sums, Values
+from convlora.metrics.scores import Gray, Mask, Sums, Values
 
 LEVELS = 256  # thresholds of a curve
 THINNEST = 1e-12  # variance across an object, as a part of that along it

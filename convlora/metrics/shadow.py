@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from convlora.metrics.base import Gray, Mask, Sums, Values
 from convlora.metrics.overlap import count
+from convlora.metrics.scores import Gray, Mask, Sums, Values
 
 
 def ber(prob: Gray, mask: Mask) -> float:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from convlora.peft.base import replace_linears
 from convlora.peft.conv_experts import POINTS, ConvExperts, Interpolation
 from convlora.peft.gating import NoisyTopKGate
 from convlora.peft.lora import LoRALinear
+from convlora.peft.method import replace_linears
 
 
 class ConvLoRALinear(LoRALinear):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlora.peft.base import HasAuxLoss
+from convlora.peft.method import HasAuxLoss
 
 NOISE_FLOOR = 1e-2  # standard deviation of the noise that no training can remove
 BALANCE_WEIGHT = 1e-2

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from convlora.peft.base import replace_linears
+from convlora.peft.method import replace_linears
 
 
 class LoRALinear(nn.Module):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from convlora.data.base import Batch, Pair, SegmentationDataModule, Split
 from convlora.data.cache import CachedRead
 from convlora.data.masks import Masks
+from convlora.data.module import Batch, Pair, SegmentationDataModule, Split
 from convlora.data.samples import read_pair
 from convlora.data.transforms import LongestSideResize, Resize, SquareResize
 

@@ -23,8 +23,8 @@ import pytest
 from conftest import ROOT
 
 from convlora.data import download
-from convlora.data.base import Source
 from convlora.data.download import fetch, unpack
+from convlora.data.module import Source
 
 BODY = np.random.default_rng(0).bytes(3_000_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_is_told_and_keeps_what_has_arrived(
 def test_a_killed_download_is_finished_by_the_next_run(server: Server, tmp_path: Path) -> None:
     server.faults = ["trickle"]
     code = (
-        "import sys; from pathlib import Path; from convlora.data.base import Source; "
+        "import sys; from pathlib import Path; from convlora.data.module import Source; "
         "from convlora.data.download import fetch; fetch('toy', Source(url=sys.argv[1]), Path(sys.argv[2]))"
     )
     process = subprocess.Popen(

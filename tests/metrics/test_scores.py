@@ -27,13 +27,13 @@ from scoring import (
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from convlora import IGNORED
-from convlora.metrics.base import ImageMean, Scores, Sums
 from convlora.metrics.boundary import boundary_f, hd95
 from convlora.metrics.calibration import Calibration
 from convlora.metrics.classes import ClassScores
 from convlora.metrics.overlap import Pooled, dice, iou, threshold_jaccard
 from convlora.metrics.roads import Relaxed
 from convlora.metrics.saliency import EMeasure, FMeasure, context_measure, mae, s_measure, weighted_f_measure
+from convlora.metrics.scores import ImageMean, Scores, Sums
 from convlora.metrics.shadow import BalancedErrorRate, ber
 
 

@@ -8,9 +8,9 @@ from conftest import ROOT
 from hydra.utils import instantiate
 from torch import nn
 
-from convlora.peft.base import Method, aux_loss
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA, LoRALinear
+from convlora.peft.method import Method, aux_loss
 from convlora.sam.tiny_vit import TinyViTEncoder
 from convlora.sam.zoo import SamViT
 from convlora.segmenter import Segmenter

@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, from_conf
 from torch import Tensor
 
-from convlora.peft.base import aux_loss
 from convlora.peft.conv_lora import ConvLoRA
+from convlora.peft.method import aux_loss
 from convlora.sam.attention import offset_table, resample_offsets
 from convlora.sam.zoo import Backbone, MobileSam, SamViT, load_backbone, resample_grid
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from convlora.data.base import SPLITS
-from convlora.data.synthetic import Synthetic, draw_scene
+from convlora.data.module import SPLITS
+from convlora.data.sets.synthetic import Synthetic, draw_scene
 from convlora.data.transforms import SquareResize
 
 SIZE = 256

@@ -8,8 +8,8 @@ import torch
 from lightning import LightningModule, Trainer
 from PIL import Image
 
-from convlora.data.base import Batch, Pair, SegmentationDataModule, Split
 from convlora.data.listing import csv_pairs
+from convlora.data.module import Batch, Pair, SegmentationDataModule, Split
 from convlora.data.samples import EpochSampler
 from convlora.data.transforms import LongestSideResize, Resize, SquareResize
 

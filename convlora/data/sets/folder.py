@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from convlora.data.base import SPLITS, Pair, SegmentationDataModule, Split
 from convlora.data.images import IMAGE_SUFFIXES
 from convlora.data.listing import by_stem, csv_pairs, matched, refuse
+from convlora.data.module import SPLITS, Pair, SegmentationDataModule, Split
 
 
 class Folder(SegmentationDataModule):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-from convlora.data.base import SPLITS, Pair, SegmentationDataModule, Split
+from convlora.data.module import SPLITS, Pair, SegmentationDataModule, Split
 
 Array = NDArray[np.float32]
 

@@ -4,8 +4,8 @@ import albumentations as A
 import pytest
 from PIL import Image
 
-from convlora.data.folder import Folder
 from convlora.data.images import IMAGE_SUFFIXES
+from convlora.data.sets.folder import Folder
 from convlora.data.transforms import SquareResize
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 from convlora.build import make
-from convlora.data.base import SPLITS, SegmentationDataModule, Source
+from convlora.data.module import SPLITS, SegmentationDataModule, Source
 
 NAMES = sorted(path.stem for path in (ROOT / "conf/dataset").glob("*.yaml"))
 SIZES = {"train": 5, "val": 2, "test": 3}
@@ -204,7 +204,7 @@ def test_shots_beyond_the_training_images_are_refused(tmp_path: Path, shots: flo
 
 def test_incomplete_splits_are_counted_together_where_published_together(tmp_path: Path) -> None:
     TREES["kvasir"](tmp_path)
-    source = {"_target_": "convlora.data.base.Source", "images": {"train+val": 7, "test": 4}}
+    source = {"_target_": "convlora.data.module.Source", "images": {"train+val": 7, "test": 4}}
     assert build("kvasir", tmp_path, source=source).incomplete() == [
         "kvasir: test has 3 images, 4 were published"
     ]

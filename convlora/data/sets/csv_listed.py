@@ -1,13 +1,13 @@
-"""The archives published with Conv-LoRA: polyps, skin lesions, camouflage, shadows, leaves and roads."""
+"""Data sets with a CSV for each split, as the archives published with Conv-LoRA."""
 
 from dataclasses import dataclass
 
-from convlora.data.base import Pair, SegmentationDataModule, Split
 from convlora.data.listing import csv_pairs
+from convlora.data.module import Pair, SegmentationDataModule, Split
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Archive(SegmentationDataModule):
+class CsvListed(SegmentationDataModule):
     """A folder with a CSV for each split, columns image and label, paths relative to the folder.
 
     Attributes:

@@ -1,0 +1,1 @@
+"""Data sets: each lists its files by split."""
