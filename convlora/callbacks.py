@@ -1,9 +1,9 @@
-"""Overlays, scores per image and the W&B logger."""
+"""What a run shows of itself: progress, pictures in logs and on pages, W&B."""
 
-import csv
-import json
 import math
 import os
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,21 @@ import numpy as np
 import torch
 import wandb
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Table
 
 from convlora import draw
-from convlora.data.module import Batch, SegmentationDataModule, Split
-from convlora.metrics.scores import Scores
-from convlora.segmenter import Prediction, Segmenter, restore_size, to_prediction
+from convlora.data.module import SegmentationDataModule, Split
+from convlora.inference import Predictor
+from convlora.run import RunCheckpoint, ScoreTable, write_rows
 from convlora.task import SegmentationTask
 
 FIXED, EXTREME = 4, 2  # samples of an overlay page: always the same ones, and the best and the worst
+
+console = Console(highlight=False, soft_wrap=True)
 
 
 def wandb_logger(project: str, group: str, save_dir: str) -> WandbLogger:
@@ -42,6 +45,58 @@ def finish_wandb() -> None:
     wandb.finish()
 
 
+def make_progress(enabled: bool) -> Callback:
+    """Return a progress bar in a terminal, and elsewhere, or where it is not wanted, a line for each epoch."""
+    return ProgressBar() if enabled and sys.stdout.isatty() else EpochLines()
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar without the logger's version number."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return what is shown beside the bar."""
+        return {
+            name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"
+        }
+
+
+class EpochLines(Callback):
+    """Prints a line after each epoch: time, mean losses, the score that chooses, and the best so far."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.start, self.batches = time.monotonic(), 0
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Add up the losses, without waiting for the device."""
+        self.batches += 1
+        for name in ("train/loss", "train/aux_loss"):
+            if name in trainer.callback_metrics:
+                self.sums[name] = (
+                    self.sums.get(name, torch.zeros(())) + trainer.callback_metrics[name].detach()
+                )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line."""
+        if not trainer.is_global_zero:
+            return
+        [best] = [each for each in trainer.callbacks if isinstance(each, RunCheckpoint) and each.monitor]  # type: ignore[attr-defined]
+        values = {name: (total / self.batches).item() for name, total in self.sums.items()}
+        shown = [name for name in ("val/loss", str(best.monitor)) if name in trainer.callback_metrics]
+        values |= {name: trainer.callback_metrics[name].item() for name in shown}
+        parts = [f"{name} {value:.4f}" for name, value in values.items()]
+        if best.monitor in values:
+            better = max if best.mode == "max" else min
+            before = values[best.monitor] if best.best_model_score is None else best.best_model_score.item()
+            parts.append(f"best {better(values[best.monitor], before):.4f}")
+        seconds = round(time.monotonic() - self.start)
+        console.print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {seconds // 60}:{seconds % 60:02}  "
+            + "  ".join(parts)
+        )
+
+
 def render_scores(tests: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a terminal table, a row for each score and a column for each test set."""
     table = Table("score", *(f"{name}, test" for name in tests))
@@ -54,68 +109,8 @@ def render_scores(tests: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """A checkpoint under one name in the run folder, which may have been moved since it was saved."""
-
-    def __init__(self, folder: Path, name: str, monitor: str | None = None, mode: str = "min"):
-        super().__init__(
-            folder, name, monitor, mode=mode, enable_version_counter=False, save_on_train_epoch_end=True
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score so far; the files lie in the present folder."""
-
-        def moved(path: str) -> str:
-            return str(Path(str(self.dirpath), Path(path).name)) if path else ""
-
-        paths = {key: moved(state_dict[key]) for key in state_dict if key.endswith("_path")}
-        scores = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "dirpath": self.dirpath, "best_k_models": scores})
-
-
-class StayStopped(Callback):
-    """Ends a resumed run at once that early stopping had ended; Lightning would train another epoch."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what early stopping restored."""
-        stops = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # type: ignore[attr-defined]
-        if any(stop.stopped_epoch > 0 for stop in stops):
-            trainer.should_stop = True
-
-
-class ScoreTable(Callback):
-    """Gathers the test scores of each image from all ranks.
-
-    Attributes:
-        rows: name -> scores, sorted by name, once the test has ended.
-    """
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, float]] = {}
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier test."""
-        self.rows = {}
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Take the scores of one batch."""
-        self.rows.update(outputs)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the ranks."""
-        if trainer.world_size > 1:
-            parts: list[dict[str, dict[str, float]]] = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self.rows)
-            self.rows = {name: row for part in parts for name, row in part.items()}
-        self.rows = dict(sorted(self.rows.items()))
-
-    def write(self, path: Path) -> None:
-        """Write a CSV with one line per image."""
-        write_rows(path, "image", self.rows)
-
-
 class Overlays(Callback):
-    """Draws image, truth, prediction and error: to W&B after each validation, to a page after a test.
+    """Draws image, truth, prediction and error: to the logs after each validation, to a page after a test.
 
     Args:
         table: per-image scores of the same test.
@@ -129,30 +124,43 @@ class Overlays(Callback):
         self.table = table
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Send a fixed set of validation samples to W&B."""
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        """Send a fixed set of validation samples to W&B and TensorBoard."""
+        loggers = [each for each in trainer.loggers if isinstance(each, WandbLogger | TensorBoardLogger)]
         if not loggers or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        data = _data(trainer)
-        names = {0: "background", 1: data.class_names[0]}
-        if data.num_classes > 1:
-            names = dict(enumerate(data.class_names))
-        images = []
-        for index in _spread(len(data.listed("val")), FIXED):
-            name, image, mask, found = _predict(trainer, pl_module, "val", index)
-            layers = {
-                key: {"mask_data": value, "class_labels": names}
-                for key, value in (("truth", mask), ("prediction", _array(found.classes)))
-            }
-            images.append(wandb.Image(image, masks=layers, caption=name))
+        data, colors = _data(trainer), draw.colors_of(_data(trainer).class_names, _data(trainer).class_colors)
+        names = dict(
+            enumerate(["background", *data.class_names] if data.num_classes == 1 else data.class_names)
+        )
+        samples = [
+            _sample(trainer, pl_module, "val", index) for index in _spread(len(data.listed("val")), FIXED)
+        ]
         for logger in loggers:
-            logger.experiment.log({"val/overlays": images, "trainer/global_step": trainer.global_step})
+            if isinstance(logger, WandbLogger):
+                images = [
+                    wandb.Image(
+                        sample.image,
+                        masks={
+                            "truth": {"mask_data": sample.mask, "class_labels": names},
+                            "prediction": {"mask_data": sample.classes, "class_labels": names},
+                        },
+                        caption=sample.title,
+                    )
+                    for sample in samples
+                ]
+                logger.experiment.log({"val/overlays": images, "trainer/global_step": trainer.global_step})
+            else:
+                for number, sample in enumerate(samples):
+                    picture = draw.side_by_side(sample, colors)
+                    tag, step = f"val/overlays/{number}", trainer.global_step
+                    logger.experiment.add_image(tag, picture, step, dataformats="HWC")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page."""
         if not trainer.is_global_zero or not self.table.rows or self.path is None:
             return
-        data, scores = _data(trainer), _scores(pl_module)
+        assert isinstance(pl_module, SegmentationTask)
+        data, scores = _data(trainer), pl_module.scores_of("test")
         order = {name: index for index, name in enumerate(data.names("test"))}
         names = list(self.table.rows)
 
@@ -169,10 +177,9 @@ class Overlays(Callback):
                 titles.setdefault(name, []).append(title)
         rows = []
         for name, roles in titles.items():
-            _, image, mask, found = _predict(trainer, pl_module, "test", order[name])
-            score = f"{scores.primary} {self.table.rows[name][scores.primary]:.3f}"
             label = f"{', '.join(roles)}: {Path(name).name}"
-            rows.append(draw.Row(label, image, mask, _array(found.classes), _array(found.prob), score))
+            score = f"{scores.primary} {self.table.rows[name][scores.primary]:.3f}"
+            rows.append(_sample(trainer, pl_module, "test", order[name], label, score))
         draw.draw_page(rows, draw.colors_of(data.class_names, data.class_colors), self.path)
 
 
@@ -183,6 +190,12 @@ def test_each(
 
     The first one's pictures and tables go to `folder`, those of the others to a folder in it by their name,
     and of several sets `scores.csv` has a row for each.
+
+    Args:
+        trainer: with a `ScoreTable` and `Overlays` among its callbacks.
+        task: the model.
+        sets: to test on.
+        folder: of the run or the evaluation.
 
     Returns:
         By data set, the scores by name.
@@ -197,7 +210,7 @@ def test_each(
         [scores] = trainer.test(task, data, verbose=False)
         results[data.name] = {name.removeprefix("test/"): value for name, value in scores.items()}
         if trainer.is_global_zero:
-            table.write(place / "images.csv")
+            write_rows(place / "images.csv", "image", table.rows)
             write_curves(task.arrays, results[data.name], data.class_names, place)
             if len(sets) > 1:  # after each, so that an image that cannot be read costs only its own set
                 write_rows(folder / "scores.csv", "dataset", results)
@@ -220,54 +233,23 @@ def write_curves(
         write_rows(folder / "confusion.csv", "truth", rows)
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record; what is no number, as the IoU of a class that is nowhere, becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(part) for key, part in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    path.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
-
-
-def write_rows(path: Path, key: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-    """Write a CSV with a line for each name, `key` heading the names."""
-    with path.open("w", newline="") as file:
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        writer = csv.DictWriter(file, [key, *columns])
-        writer.writeheader()
-        writer.writerows({key: name, **row} for name, row in rows.items())
-
-
-def _predict(
-    trainer: Trainer, pl_module: LightningModule, split: Split, index: int
-) -> tuple[str, draw.Picture, draw.Picture, Prediction]:
-    """Return name, image, mask and prediction of one sample at its own size."""
+def _sample(
+    trainer: Trainer, pl_module: LightningModule, split: Split, index: int, title: str = "", score: str = ""
+) -> draw.Row:
+    """Return one sample of a split with its prediction, at its own size."""
     data = _data(trainer)
+    assert isinstance(pl_module, SegmentationTask)
+    context = trainer.precision_plugin.forward_context
+    colors = draw.colors_of(data.class_names, data.class_colors)
     image, mask = data.read(data.listed(split)[index])
-    batch: Batch = data.batch(split, [index])
-    segmenter = pl_module.segmenter
-    assert isinstance(segmenter, Segmenter)
-    with torch.inference_mode(), trainer.precision_plugin.forward_context():
-        logits = segmenter(batch.images.to(pl_module.device))[0]
-        found = to_prediction(restore_size(logits, batch.contents[0], (mask.shape[0], mask.shape[1])))
-    return batch.names[0], image, mask, found
-
-
-def _array(tensor: torch.Tensor) -> draw.Picture:
-    return np.asarray(tensor.cpu().numpy())
+    found = Predictor(pl_module.segmenter, data.loading.resize, colors, context).predict(image)
+    return draw.Row(title or data.names(split)[index], image, mask, found.classes, found.prob, score)
 
 
 def _data(trainer: Trainer) -> SegmentationDataModule:
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, SegmentationDataModule)
     return data
-
-
-def _scores(pl_module: LightningModule) -> Scores:
-    assert isinstance(pl_module, SegmentationTask)
-    return pl_module.scores_of("test")
 
 
 def _spread(total: int, wanted: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Segment images: `python -m convlora.predict checkpoint=ADAPTER input=photos/ output=masks/`."""
+"""Segment images: `python -m convlora.predict checkpoint=RUN input=photos/ output=masks/`."""
 
 import sys
 from collections import Counter
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -15,21 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convlora import draw
-from convlora.build import Config, command, load_adapter, make
+from convlora import draw, run
+from convlora.adapter import load
+from convlora.build import Config
+from convlora.cli import command
 from convlora.data.images import list_images, read_image
-from convlora.data.samples import to_tensor
-from convlora.data.transforms import Resize, eval_transform
-from convlora.segmenter import Prediction, Segmenter, restore_size, to_prediction
-
-HALF = {
-    "32-true": None,
-    "32": None,
-    "bf16-mixed": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "16-mixed": torch.float16,
-    "16": torch.float16,
-}
+from convlora.inference import Found, Predictor
 
 
 @dataclass(frozen=True)
@@ -61,9 +51,9 @@ class Loaded:
 class Images(Dataset[Loaded]):
     """Image files; one that cannot be read comes with its error instead of pixels."""
 
-    def __init__(self, paths: Sequence[Path], resize: Resize):
+    def __init__(self, paths: Sequence[Path], prepare: Callable[[NDArray[np.uint8]], Tensor]):
         self.paths = paths
-        self.transform = eval_transform(resize)
+        self.prepare = prepare
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,7 +64,7 @@ class Images(Dataset[Loaded]):
             image = read_image(path)
         except (OSError, ValueError) as error:
             return Loaded(path, error=str(error))
-        return Loaded(path, to_tensor(self.transform(image=image)["image"]), image.shape[:2])
+        return Loaded(path, self.prepare(image), image.shape[:2])
 
 
 def predict(config: PredictConfig) -> None:
@@ -85,16 +75,11 @@ def predict(config: PredictConfig) -> None:
     """
     source, output = Path(config.input), Path(config.output)
     paths = find_images(source, output)
-    device = pick_device(config.device)
-    precision = config.precision or ("bf16-mixed" if device.type == "cuda" else None)
-    adapter = load_adapter(config.checkpoint, config.model["weights"], precision)
-    half = pick_half(adapter.precision, device)
-    segmenter = adapter.segmenter.to(device)
-    resize: Resize = make("resize", adapter.resize)
+    predictor = load(config.checkpoint, config.model["weights"], config.precision, config.device)
+    run.make_folder("output", output)
     names = name_outputs(paths, source)
-    colors = dict(zip(adapter.class_names, adapter.class_colors, strict=True))
     loader = DataLoader(
-        Images(paths, resize),
+        Images(paths, predictor.prepare),
         config.batch_size,
         num_workers=config.num_workers,
         collate_fn=list,
@@ -102,13 +87,14 @@ def predict(config: PredictConfig) -> None:
     failures: list[Loaded] = []
     console = Console(highlight=False, soft_wrap=True)
     columns = ("predict", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress, torch.inference_mode():
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("predict", total=len(paths))
         for batch in loader:
             good = [item for item in batch if item.pixels is not None]
             failures += [item for item in batch if item.pixels is None]
-            for item, found in zip(good, segment(segmenter, good, resize, device, half), strict=True):
-                write(output, names[item.path], item.path, found, colors, config)
+            found = predictor.segment([item.pixels for item in good], [item.size for item in good])
+            for item, each in zip(good, found, strict=True):
+                write(output, names[item.path], item.path, each, predictor.class_colors, config)
             progress.advance(bar, len(batch))
     console.print(f"{len(paths) - len(failures)} of {len(paths)} masks written to {output}")
     if failures:
@@ -117,42 +103,20 @@ def predict(config: PredictConfig) -> None:
         raise SystemExit(1)
 
 
-def segment(
-    segmenter: Segmenter,
-    items: Sequence[Loaded],
-    resize: Resize,
-    device: torch.device,
-    half: torch.dtype | None,
-) -> list[Prediction]:
-    """Return what is found in each image at its own size."""
-    if not items:
-        return []
-    images = torch.stack([item.pixels for item in items if item.pixels is not None])
-    if device.type == "cuda":
-        images = images.pin_memory()
-    with torch.autocast(device.type, half, enabled=half is not None):
-        logits = segmenter(images.to(device, non_blocking=True))
-    return [
-        to_prediction(restore_size(logit, resize.content(*item.size), item.size))
-        for logit, item in zip(logits, items, strict=True)
-    ]
-
-
 def write(
     output: Path,
     name: str,
     source: Path,
-    found: Prediction,
+    found: Found,
     colors: Mapping[str, Sequence[int]],
     config: PredictConfig,
 ) -> None:
     """Write the mask of one image and what else was asked for."""
-    classes, prob = (np.asarray(part.cpu().numpy()) for part in found)
-    pictures: dict[str, Callable[[], Image.Image]] = {"": lambda: as_mask(classes, colors)}
+    pictures: dict[str, Callable[[], Image.Image]] = {"": lambda: as_mask(found.classes, colors)}
     if config.probabilities:
-        pictures["probabilities"] = lambda: Image.fromarray(prob)
+        pictures["probabilities"] = lambda: Image.fromarray(found.prob)
     if config.overlays:
-        pictures["overlays"] = lambda: as_overlay(read_image(source), classes, colors)
+        pictures["overlays"] = lambda: as_overlay(read_image(source), found.classes, colors)
     for folder, picture in pictures.items():
         path = output / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,25 +173,6 @@ def name_outputs(paths: Sequence[Path], source: Path) -> dict[Path, str]:
         path: f"{name.with_suffix('') if stems[name.with_suffix('')] == 1 else name}.png"
         for path, name in names.items()
     }
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name, `auto` being a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except RuntimeError as error:  # its first line says why: no such device, no driver
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used ({reason}); use auto, cpu or cuda") from error
-
-
-def pick_half(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the half precision to compute in as the Trainer would, None for single precision."""
-    if precision not in HALF:
-        raise ValueError(f"precision={precision} is not one of {', '.join(HALF)}")
-    half = HALF[precision]
-    return torch.bfloat16 if half is torch.float16 and device.type == "cpu" else half
 
 
 main = command("predict", PredictConfig, predict)

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from convlora import draw
-from convlora.build import Config, command, make, make_test_sets
+from convlora.build import Config, make, make_test_sets
+from convlora.cli import command
 from convlora.data.check import Place, examine, judge, list_places, summarise
 from convlora.data.download import fetch, unpack
 from convlora.data.module import Pair, SegmentationDataModule
@@ -34,9 +35,7 @@ class PrepareConfig:
     test_sets: list[str]
     loss: Config
     metrics: Config
-    augment: None
-    resize: None
-    seed: int
+    model: Config | None
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -46,7 +45,7 @@ def prepare(config: PrepareConfig) -> None:
         ValueError: no such action.
         SystemExit: with code 1 where the check found errors.
     """
-    data: SegmentationDataModule = make("dataset", config.dataset | {"shots": None})  # all of it
+    data: SegmentationDataModule = make("dataset", config.dataset)
     if config.action == "download":
         download(data)
     elif config.action == "check":

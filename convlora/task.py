@@ -1,5 +1,6 @@
 """The LightningModule: one step for three stages, the optimiser, and state that is the adapter's only."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,9 +26,9 @@ class SegmentationTask(LightningModule):
         segmenter: the model.
         loss: of logits [n, c, h, w] against class ids [n, 1, h, w].
         scores: fed one image at a time.
-        optimizer: makes the optimiser from the trainable parameters.
-        identity: what a checkpoint must have been made with, besides the shapes: name and hash of the base
-            weights. Stored in every Lightning checkpoint and compared on resume.
+        optimizer: makes the optimiser from groups of parameters.
+        metadata: what an adapter file says of itself, kept in every Lightning checkpoint.
+        facts: what a resumed run must agree in with the run that it goes on with, by what it is called.
         seed: of the random numbers drawn in training steps.
 
     Attributes:
@@ -41,21 +42,36 @@ class SegmentationTask(LightningModule):
         segmenter: Segmenter,
         loss: nn.Module,
         scores: Scores,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
-        identity: dict[str, str],
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+        metadata: Mapping[str, str],
+        facts: Mapping[str, str],
         seed: int = 0,
     ):
         super().__init__()
         self.segmenter = segmenter
         self.loss = loss
         self.optimizer = optimizer
-        self.identity = identity
+        self.metadata = metadata
+        self.facts = facts
         self.seed = seed
-        self.scores = nn.ModuleDict({stage: scores.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+        self.scores = nn.ModuleDict({stage: scores.clone() for stage in ("val", "test")})
         self.mean_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        self.seconds = 0.0
+        self._started = time.monotonic()
+        self._watched: tuple[Tensor, str] | None = None
+
+    @property
+    def fit_seconds(self) -> float:
+        """How long the training has taken, that of the runs that it goes on with included."""
+        return self.seconds + time.monotonic() - self._started
+
+    def on_fit_start(self) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the gate's noise by the position in training, so that a resumed run draws the same."""
+        self._refuse_infinite()
         position = [self.seed, self.current_epoch, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
 
@@ -63,12 +79,30 @@ class SegmentationTask(LightningModule):
         """Return the segmentation loss plus the adapters' auxiliary loss."""
         logits = self.segmenter(batch.images)
         loss: Tensor = self.loss(logits, torch.stack(list(batch.masks))[:, None])
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
+        self.log("train/lr", lr, batch_size=len(logits))
         aux = aux_loss(self.segmenter)
-        if aux is None:
-            return loss
-        self.log("train/aux_loss", aux, batch_size=len(logits))
-        return loss + aux
+        if aux is not None:
+            self.log("train/aux_loss", aux, batch_size=len(logits))
+            loss = loss + aux
+        where = f"step {self.global_step} (epoch {self.current_epoch + 1}, learning rate {lr:.3g}, "
+        where += f"precision {self.trainer.precision}, images {', '.join(batch.names)})"
+        self._watched = (self.all_gather(torch.isfinite(loss.detach())).all(), where)
+        return loss
+
+    def _refuse_infinite(self) -> None:
+        """Stop where the last step's loss was not finite; looked at late, so that no step waits for a GPU.
+
+        Raises:
+            FloatingPointError: it was not.
+        """
+        if self._watched is not None and not self._watched[0]:
+            raise FloatingPointError(
+                f"the loss is not finite at {self._watched[1]}; lower optimizer.lr, set "
+                "trainer.precision=bf16-mixed or 32-true, or look at these images, in a new run"
+            )
+        self._watched = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch of the validation set."""
@@ -78,9 +112,26 @@ class SegmentationTask(LightningModule):
         """Score a batch of the test set; returns the scores of each image by name."""
         return self._score("test", batch)
 
+    def on_validation_start(self) -> None:
+        """See the last step of the epoch before anything is scored or saved."""
+        self._refuse_infinite()
+
+    def on_train_epoch_end(self) -> None:
+        """See the last step of the epoch also where nothing is validated."""
+        self._refuse_infinite()
+
     def on_validation_epoch_end(self) -> None:
-        """Log the means over the validation set."""
-        self._log_scores("val")
+        """Log the means over the validation set.
+
+        Raises:
+            FloatingPointError: the loss is not finite, so that the weights are not either.
+        """
+        loss = self._log_scores("val")
+        if not (self.trainer.sanity_checking or torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"val/loss is {loss.item()} after epoch {self.current_epoch + 1}, so that the weights are "
+                "broken; lower optimizer.lr, or set trainer.precision=bf16-mixed or 32-true, in a new run"
+            )
 
     def on_test_epoch_end(self) -> None:
         """Log the means over the test set."""
@@ -88,7 +139,7 @@ class SegmentationTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser with a learning rate that falls linearly to 0, step by step."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        optimizer = self.optimizer(parameter_groups(self.segmenter))
         steps = self.trainer.estimated_stepping_batches
         schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -102,12 +153,14 @@ class SegmentationTask(LightningModule):
         self.segmenter.load_trainable_state(state_dict)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the tensors belong to."""
-        checkpoint["identity"] = self.identity
+        """Note what the tensors belong to and how long they took."""
+        checkpoint["metadata"] = dict(self.metadata)
+        checkpoint["facts"] = dict(self.facts)
+        checkpoint["seconds"] = self.fit_seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other base weights."""
-        check_identity(checkpoint.get("identity", {}), self.identity)
+        """Go on with the clock of the run that is resumed."""
+        self.seconds = checkpoint["seconds"]
 
     def _score(self, stage: str, batch: Batch) -> dict[str, dict[str, float]]:
         scores, mean_loss = self._metrics(stage)
@@ -118,19 +171,22 @@ class SegmentationTask(LightningModule):
             mean_loss.update(self.loss(native[None], mask[None, None]))
             found = to_prediction(native)
             values = scores(found.classes.cpu(), found.prob.cpu(), mask.cpu())
-            rows[name] = {key: values[f"{stage}/{key}"].item() for key in scores.names}
+            rows[name] = {key: values[key].item() for key in scores.names}
         return rows
 
-    def _log_scores(self, stage: str) -> None:
+    def _log_scores(self, stage: str) -> Tensor:
         scores, mean_loss = self._metrics(stage)
-        self.log(f"{stage}/loss", mean_loss.compute())
-        values = scores.compute()
-        for name in scores.names:
-            value = values.pop(f"{stage}/{name}").float()
-            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name == scores.primary)
-        self.arrays = {name.removeprefix(f"{stage}/"): value.cpu().numpy() for name, value in values.items()}
+        loss, values = mean_loss.compute(), scores.compute()
+        if not self.trainer.sanity_checking:  # a batch of it is no score of anything
+            self.log(f"{stage}/loss", loss)
+            for name in scores.names:
+                shown = stage == "val" and name == scores.primary
+                self.log(f"{stage}/{name}", values[name].float(), prog_bar=shown)
+        self.arrays = {key: value.cpu().numpy() for key, value in values.items() if key not in scores.names}
         mean_loss.reset()
         scores.reset()
+        assert isinstance(loss, Tensor)
+        return loss
 
     def scores_of(self, stage: str) -> Scores:
         """Return the scores of `val` or `test`."""
@@ -144,8 +200,24 @@ class SegmentationTask(LightningModule):
         return self.scores_of(stage), mean_loss
 
 
-def check_identity(found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Compare the base weights that a checkpoint names with those in use.
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the trainable parameters as two groups: biases and norms, as released, take no weight decay."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    plain = {name for name, p in trained if p.ndim < 2 or name.rsplit(".", 1)[-1] == "bias"}
+    return [
+        {"params": [p for name, p in trained if name not in plain]},
+        {"params": [p for name, p in trained if name in plain], "weight_decay": 0.0},
+    ]
+
+
+def check_agreement(kind: str, found: Mapping[str, str], expected: Mapping[str, str], way_out: str) -> None:
+    """Compare what a checkpoint says of itself with what is in use.
+
+    Args:
+        kind: of thing that is compared, for the message.
+        found: in the checkpoint.
+        expected: in use.
+        way_out: of the user.
 
     Raises:
         ValueError: they differ.
@@ -153,6 +225,5 @@ def check_identity(found: Mapping[str, str], expected: Mapping[str, str]) -> Non
     for key, value in expected.items():
         if found.get(key) != value:
             raise ValueError(
-                f"the checkpoint was trained on {key} {found.get(key, 'unknown')}, but here it is {value}; "
-                "set model= and model.weights= to what it was trained on"
+                f"the {kind} was trained on {key} {found.get(key, 'unknown')}, but here it is {value}; {way_out}"
             )

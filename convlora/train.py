@@ -1,53 +1,31 @@
 """Train: `python -m convlora.train dataset=kvasir model=sam_vit_b peft=conv_lora`."""
 
-import csv
-import pickle
-import shutil
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+import math
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
 from rich.console import Console
-from torch import nn
 
+from convlora import adapter, run
 from convlora.build import (
     Config,
-    command,
-    is_half,
+    Parts,
     make,
-    make_loss,
+    make_parts,
     make_segmenter,
-    make_test_sets,
-    outline_segmenter,
-    save_adapter,
+    make_trainer,
+    missing_devices,
 )
-from convlora.callbacks import (
-    Overlays,
-    RunCheckpoint,
-    ScoreTable,
-    StayStopped,
-    finish_wandb,
-    render_scores,
-    test_each,
-    write_json,
-)
-from convlora.data.module import SegmentationDataModule
-from convlora.draw import colors_of
-from convlora.metrics.scores import Scores
-from convlora.segmenter import Segmenter
-from convlora.task import SegmentationTask, check_identity
+from convlora.callbacks import Overlays, finish_wandb, make_progress, render_scores, test_each
+from convlora.cli import assign, command, given_overrides
+from convlora.task import SegmentationTask
 
-MEBIBYTE = 2**20
+COLUMNS, LABEL = 100, 16  # of what a run says of itself
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -56,21 +34,23 @@ class TrainConfig:
     """The keys of conf/train.yaml, where they are explained."""
 
     dataset: Config
+    loading: Config
     model: Config
     peft: Config
+    head: Config
     loss: Config
     metrics: Config
     optimizer: Config
     trainer: Config
+    callbacks: dict[str, Config | None]
     logger: Config
     augment: Config
     resize: Config
-    early_stopping: Config
     test_sets: list[str]
     seed: int
     data_root: str
     run_dir: str
-    ckpt_path: str | None
+    resume: str | None
     compile: bool
     dry_run: bool
 
@@ -81,245 +61,239 @@ def train(config: TrainConfig) -> float | None:
     Returns:
         The best validation score, which a sweep can optimise; None for a dry run.
     """
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    data: SegmentationDataModule = make("dataset", config.dataset)
-    outline = outline_segmenter(config.model, config.peft, data.num_classes)
+    folder = Path(config.resume or config.run_dir)
+    if config.resume is None:
+        run.check_unused(folder)
+    else:
+        run.check_same_settings(folder, asdict(config))
+    parts = make_parts("train", config)
     if config.dry_run:
-        trainer: Trainer = make("trainer", config.trainer, logger=False, enable_checkpointing=False)
-        announce(trainer, data, outline, run_dir)
+        announce(config, parts, folder, None)
         return None
-    ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
-    scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
-    loss = make_loss(config.loss, data.num_classes)
-    check_monitor(config, scores)
-    check_frozen_dtype(config)
-    tests = [data, *make_test_sets(config.test_sets, "train", data)]
-    data.setup("fit")
-    for test in tests:  # a missing test set should not come out after the training
+    parts.data.setup("fit")
+    for test in parts.tests:  # a missing test set should not come out after the training
         test.setup("test")
-    check_run_dir(run_dir, outline)
-    try:
-        return fit_and_test(config, tests, outline, loss, scores, run_dir, ckpt_path)
-    finally:
-        finish_wandb()
+    table = run.ScoreTable()
+    callbacks: list[Callback] = [*parts.callbacks.values(), run.RunCheckpoint("last"), run.StayStopped()]
+    callbacks += [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
+    trainer = make_trainer(config.trainer, callbacks, default_root_dir=str(folder))
+    announce(config, parts, folder, trainer)
+    if not trainer.is_global_zero:
+        return fit_and_test(config, parts, folder, trainer)
+    with (
+        run.nothing_left(folder, lambda: trainer.global_step > 0),
+        run.hold(folder, run.count(parts.outline, trainable=True)),
+    ):
+        try:
+            return fit_and_test(config, parts, folder, trainer)
+        finally:
+            finish_wandb()
 
 
-def fit_and_test(
-    config: TrainConfig,
-    tests: Sequence[SegmentationDataModule],
-    outline: Segmenter,
-    loss: nn.Module,
-    scores: Scores,
-    run_dir: Path,
-    ckpt_path: Path | None,
-) -> float | None:
+def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer) -> float | None:
     """Train on the first data set, test on all, write the run folder; returns the best validation score."""
-    data, table = tests[0], ScoreTable()
-    stop: EarlyStopping = make("early_stopping", config.early_stopping)
-    best = RunCheckpoint(run_dir, "best", stop.monitor, stop.mode)
-    callbacks: list[Callback] = [best, RunCheckpoint(run_dir, "last"), stop, StayStopped(), table]
-    callbacks.append(Overlays(table))
-    if config.trainer.get("enable_progress_bar", True):
-        callbacks.append(RichProgressBar())
-    trainer: Trainer = make(
-        "trainer",
-        config.trainer,
-        logger=False,  # until it is sure that there will be something to log
-        callbacks=callbacks,
-        default_root_dir=str(run_dir),
-        use_distributed_sampler=False,  # the data module's samplers know the ranks
-        enable_model_summary=False,
-    )
-    if trainer.is_global_zero:
-        announce(trainer, data, outline, run_dir)
+    data, checkpoint = parts.data, None
     seed_everything(config.seed, workers=True, verbose=False)
-    segmenter, identity = make_segmenter(config.model, config.peft, data.num_classes)
+    segmenter, identity = make_segmenter(config.model, config.peft, config.head, data.num_classes)
     if config.compile:
         segmenter.compile_encoder()
-    optimizer = make("optimizer", config.optimizer)
-    task = SegmentationTask(segmenter, loss, scores, optimizer, identity, config.seed)
-    if ckpt_path is not None:  # refused before anything of the run is written over
-        check_resumable(ckpt_path, task)
-    trainer.loggers = make_loggers(config.logger, run_dir, ckpt_path)
+    metadata = adapter.describe(asdict(config), data, identity, str(trainer.precision))
+    facts = {**identity, "training images": data.content("train"), "devices": devices_of(trainer)}
+    facts["precision"] = str(trainer.precision)
+    task = SegmentationTask(
+        segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed
+    )
+    last = folder / run.LAST
+    if last.is_file():  # of the run that is resumed; one that saved nothing yet begins anew
+        checkpoint = run.read_checkpoint(last)
+        run.check_resumable(checkpoint, task, last)
+        data.start_epoch = run.next_epoch(checkpoint)
+    trainer.loggers = make_loggers(config.logger, folder, checkpoint)
     if trainer.is_global_zero:
-        OmegaConf.save(asdict(config), run_dir / "config.yaml")
+        run.write_record(folder, given_overrides(), asdict(config))
         for logger in trainer.loggers:
-            logger.log_hyperparams(flatten(asdict(config)))
+            logger.log_hyperparams(run.flatten(asdict(config)))
+    try:
+        trainer.fit(task, data, ckpt_path=last if checkpoint else None, weights_only=True)
+    except BaseException:
+        if trainer.global_step > 0:
+            say_what_is_kept(folder, trainer)
+        raise
+    return save_and_test(parts, folder, trainer, task)
 
-    start = time.monotonic()
-    trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
+
+def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: SegmentationTask) -> float | None:
+    """Save the best epoch as an adapter, test it and summarise the run; returns its validation score."""
+    best = next(each for each in trainer.checkpoint_callbacks if isinstance(each, run.RunCheckpoint))
     fitted = {
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "fit_seconds": round(time.monotonic() - start, 1),
+        "fit_seconds": round(task.fit_seconds, 1),
     }
     if best.best_model_path:
-        task.load_state_dict(read_checkpoint(Path(best.best_model_path))["state_dict"])
-    path = run_dir / "adapter.safetensors"
+        task.load_state_dict(run.read_checkpoint(Path(best.best_model_path))["state_dict"])
+    path = folder / adapter.NAME
     if trainer.is_global_zero:  # before the test, which may still meet a damaged image
-        save_adapter(
-            path, segmenter, asdict(config), colors_of(data.class_names, data.class_colors), identity
-        )
-    results = test_each(trainer, task, tests, run_dir)
-    best_score = None if best.best_model_score is None else best.best_model_score.item()
+        adapter.save(path, task.state_dict(), task.metadata)
+    results = test_each(trainer, task, parts.tests, folder)
+    score = None if best.best_model_score is None else best.best_model_score.item()
     if trainer.is_global_zero:
+        first = parts.data.name
         summary = {
-            "dataset": data.name,
-            "test": results[data.name],
-            "test_sets": {name: scores for name, scores in results.items() if name != data.name},
-            stop.monitor: best_score,
+            "dataset": first,
+            "test": results[first],
+            "test_sets": {name: scores for name, scores in results.items() if name != first},
+            str(best.monitor): score,
             **fitted,
-            "trainable_parameters": count(segmenter, trainable=True),
-            "total_parameters": count(segmenter),
-            **identity,
+            "trainable_parameters": run.count(task.segmenter, trainable=True),
+            "total_parameters": run.count(task.segmenter),
+            **task.facts,
         }
-        write_json(run_dir / "summary.json", summary)
+        run.write_json(folder / "summary.json", summary)
         console.print(render_scores(results))
         console.print(f"adapter: {path}")
-    return best_score
+    return score
 
 
-def announce(trainer: Trainer, data: SegmentationDataModule, outline: Segmenter, run_dir: Path) -> None:
-    """Print what is about to be trained, before anything takes time."""
-    devices = trainer.num_devices * trainer.num_nodes
-    accumulation = trainer.accumulate_grad_batches
-    console.print(
-        f"parameters      {count(outline, trainable=True):,} trainable of {count(outline):,}\n"
-        f"image size      {data.resize.image_size} x {data.resize.image_size}\n"
-        f"effective batch {data.batch_size * devices * accumulation} = {data.batch_size} per device x "
-        f"{devices} device{'s' * (devices > 1)} x {accumulation} accumulated\n"
-        f"run folder      {run_dir}"
-    )
+def announce(config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer | None) -> None:
+    """Print what is about to be trained, before anything takes time; for a dry run there is no trainer."""
+    if trainer is not None and not trainer.is_global_zero:
+        return
+    data, backbone, scores = parts.data, parts.backbone, parts.scores
+    best = parts.callbacks["best"]
+    settings = config.trainer
+    devices, accumulation = count_devices(settings, trainer), settings["accumulate_grad_batches"]
+    size = config.loading["batch_size"]
+    lines = {
+        "data": describe_images(data, data.splits),
+        "also tested on": "; ".join(describe_images(test, ("test",)) for test in parts.tests[1:]),
+        "model": f"{backbone.name} at {backbone.image_size} px, {backbone.weights_source()}",
+        "parameters": f"{run.count(parts.outline, trainable=True):,} trainable of {run.count(parts.outline):,}",
+        "method": spell(config.peft),
+        "head": spell(config.head),
+        "loss": spell(config.loss),
+        "scores": f"{', '.join(scores.names)}; {best.monitor} ({best.mode}) chooses the epoch",  # type: ignore[attr-defined]
+        "optimiser": f"{spell(config.optimizer)}, lr falling linearly to 0 at each step",
+        "schedule": describe_schedule(data, settings, devices, size),
+        "augmentation": spell(config.augment),
+        "precision": str(settings["precision"] if trainer is None else trainer.precision),
+        "devices": f"{devices}, accelerator {settings['accelerator']}"
+        if trainer is None
+        else devices_of(trainer),
+        "batch": f"{size * devices * accumulation} = {size} per device x {devices} device{'s' * (devices > 1)} "
+        f"x {accumulation} accumulated",
+        "run folder": str(folder),
+        "": backbone.padding_advice() or "",
+    }
+    for label, text in lines.items():
+        if text:
+            first, *more = textwrap.wrap(
+                text, COLUMNS - LABEL, break_long_words=False, break_on_hyphens=False
+            )
+            console.print(f"{label:<{LABEL}}{first}", markup=False)
+            for line in more:
+                console.print(" " * LABEL + line, markup=False)
+    if trainer is None and (shortage := missing_devices(settings)):
+        console.print(f"warning: {shortage}", markup=False)
+    if backbone.is_random and not data.drawn:
+        console.print(
+            f"WARNING: {backbone.name} HAS RANDOM WEIGHTS, SO THIS TRAINS A TOY ON REAL IMAGES.\n"
+            "WARNING: SET model=sam_vit_b, OR ANOTHER THAT HAS WEIGHTS, FOR RESULTS THAT MEAN ANYTHING.",
+            style="bold red",
+        )
 
 
-def make_loggers(config: Config, run_dir: Path, ckpt_path: Path | None) -> list[Logger]:
+def describe_images(data: Any, splits: Any) -> str:
+    """Return how many images there are, or why none are known."""
+    try:
+        counts = ", ".join(f"{len(data.listed(split)):,} {split}" for split in splits)
+    except (OSError, ValueError) as error:
+        return f"not there yet: {error}"
+    return f"{data.name}: {counts} images; classes {', '.join(data.class_names)}"
+
+
+def describe_schedule(data: Any, trainer: Config, devices: int, batch_size: int) -> str:
+    """Return epochs and optimiser steps, as far as the number of images is known."""
+    epochs = trainer["max_epochs"]
+    try:
+        images = len(data.listed("train"))
+    except (OSError, ValueError):
+        return f"{epochs} epochs"
+    batches, limit = math.ceil(math.ceil(images / devices) / batch_size), trainer.get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / trainer["accumulate_grad_batches"])
+    return f"{epochs} epochs of {steps:,} steps, {epochs * steps:,} in all"
+
+
+def spell(config: Config) -> str:
+    """Return a section as the call that it describes, nulls left out."""
+
+    def value(part: Any) -> str:
+        if isinstance(part, dict):
+            return spell(part)
+        return f"[{', '.join(map(value, part))}]" if isinstance(part, list) else str(part)
+
+    arguments = [f"{key}={value(part)}" for key, part in config.items() if part is not None and key[0] != "_"]
+    return f"{str(config.get('_target_', '')).rpartition('.')[2]}({', '.join(arguments)})"
+
+
+def count_devices(config: Config, trainer: Trainer | None) -> int:
+    """Return the number of processes that train together, without a trainer as far as it is known."""
+    if trainer is not None:
+        return trainer.num_devices * trainer.num_nodes
+    devices = config["devices"]
+    if isinstance(devices, list):
+        return len(devices)
+    return devices if isinstance(devices, int) and devices > 0 else max(1, torch.cuda.device_count())
+
+
+def devices_of(trainer: Trainer) -> str:
+    """Return number and kind of the devices."""
+    return f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}"
+
+
+def say_what_is_kept(folder: Path, trainer: Trainer) -> None:
+    """Tell a user whose run was stopped what is there and how to go on."""
+    if not trainer.is_global_zero:
+        return
+    console.print(f"\nstopped in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+    if not (folder / run.LAST).is_file():
+        console.print(f"no epoch had ended, so that nothing is saved; begin again: {resume_command(folder)}")
+        return
+    done = run.next_epoch(run.read_checkpoint(folder / run.LAST))
+    console.print(f"kept: {folder / run.LAST} after {done} epochs, {folder / run.BEST} of the best of them")
+    console.print(f"go on: {resume_command(folder)}")
+    console.print(f"use the best so far: python -m convlora.export {quoted('checkpoint', folder)}")
+
+
+def resume_command(folder: Path) -> str:
+    """Return the command that goes on with a run."""
+    return f"python -m convlora.train {quoted('resume', folder)}"
+
+
+def quoted(key: str, folder: Path) -> str:
+    """Return an argument as a shell takes it."""
+    argument = assign(key, folder)
+    return argument if "'" not in argument else '"' + argument.replace('"', '\\"') + '"'
+
+
+def make_loggers(config: Config, folder: Path, checkpoint: dict[str, Any] | None) -> list[Logger]:
     """Return the CSV logger and the chosen one; a resumed run keeps the curves it had."""
-    table = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)
-    if ckpt_path is not None:
-        keep_metrics(table, run_dir / "metrics.csv", ckpt_path)
-    chosen: Logger = make("logger", config, save_dir=str(run_dir))
+    table = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    if checkpoint is not None:
+        run.keep_metrics(table, folder / "metrics.csv", checkpoint["global_step"])
+    chosen: Logger = make("logger", config, save_dir=str(folder))
     return [table] if isinstance(chosen, CSVLogger) else [table, chosen]
 
 
-@rank_zero_only
-def keep_metrics(logger: CSVLogger, path: Path, ckpt_path: Path) -> None:
-    """Hand the rows of an earlier `metrics.csv` on to the logger, which would begin the file anew.
-
-    Rows beyond the checkpoint are left out: training logs them again.
-    """
-    if not path.is_file():
-        return
-    step = read_checkpoint(ckpt_path)["global_step"]
-    with path.open(newline="") as file:
-        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    logger.experiment.metrics.extend(row for row in rows if int(row["step"]) < step)
-    logger.save()
+def replay(folder: str) -> list[str]:
+    """Return the arguments of the run in a folder."""
+    command: list[str] = run.read_record(Path(folder))["command"]
+    return command
 
 
-def find_checkpoint(ckpt_path: str | None, run_dir: Path) -> Path | None:
-    """Return the Lightning checkpoint to resume from.
-
-    Raises:
-        FileNotFoundError: there is none.
-        FileExistsError: the run folder holds a run, which starting anew would overwrite.
-    """
-    if ckpt_path is None:
-        if (run_dir / "last.ckpt").is_file():
-            raise FileExistsError(
-                f"{run_dir} already holds a run; resume it with ckpt_path=last or choose another run_dir"
-            )
-        return None
-    path = run_dir / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
-    if not path.is_file():
-        runs = sorted(run_dir.parent.glob("*/last.ckpt"), key=lambda file: file.stat().st_mtime)
-        hint = f" The newest run with one is run_dir={runs[-1].parent}" if runs else ""
-        raise FileNotFoundError(
-            f"ckpt_path={ckpt_path}: no checkpoint at {path}; name the run to resume by run_dir=FOLDER.{hint}"
-        )
-    return path
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint of this library, without running code.
-
-    Raises:
-        ValueError: the file is damaged or no such checkpoint.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is no checkpoint or is damaged; resume from another ckpt_path") from error
-    if not isinstance(checkpoint, dict) or "identity" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of a convlora run; resume from RUN/last.ckpt")
-    return checkpoint
-
-
-def check_resumable(ckpt_path: Path, task: SegmentationTask) -> None:
-    """Refuse a checkpoint of other base weights or other trained tensors; raises ValueError."""
-    checkpoint = read_checkpoint(ckpt_path)
-    check_identity(checkpoint["identity"], task.identity)
-    task.segmenter.check_trainable_state(checkpoint["state_dict"])
-
-
-def check_monitor(config: TrainConfig, scores: Scores) -> None:
-    """Refuse to watch a score that no validation gives; raises ValueError."""
-    known = [f"val/{name}" for name in ("loss", *scores.names)]
-    if config.early_stopping["monitor"] not in known:
-        raise ValueError(
-            f"early_stopping.monitor={config.early_stopping['monitor']} is not one of {', '.join(known)}"
-        )
-
-
-def check_frozen_dtype(config: TrainConfig) -> None:
-    """Refuse half-precision frozen weights in single-precision training; raises ValueError."""
-    held, precision = config.model.get("frozen_dtype", "float32"), str(config.trainer["precision"])
-    if held != "float32" and not is_half(precision):
-        raise ValueError(
-            f"model.frozen_dtype={held} does not go with trainer.precision={precision}, which multiplies in "
-            "single precision; set trainer.precision=bf16-mixed"
-        )
-
-
-def check_run_dir(run_dir: Path, segmenter: Segmenter) -> None:
-    """Make sure, before training, that the run folder can take the run.
-
-    Raises:
-        OSError: it cannot be written to, or the disk has no room for the checkpoints.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"cannot write to the run folder {run_dir} ({error}); choose another run_dir"
-        ) from error
-    # Two checkpoints and one being written, each of the weights and Adam's two moments; then the adapter.
-    needed = count(segmenter, trainable=True) * 4 * (3 * 3 + 1) + 16 * MEBIBYTE
-    free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise OSError(
-            f"the run folder {run_dir} has {free / MEBIBYTE:.0f} MiB left on its disk, the checkpoints need "
-            f"{needed / MEBIBYTE:.0f} MiB; free some or choose another run_dir"
-        )
-
-
-def count(segmenter: Segmenter, trainable: bool = False) -> int:
-    """Return the number of parameters, all or trainable."""
-    return sum(p.numel() for p in segmenter.parameters() if p.requires_grad or not trainable)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested keys as `peft.rank`, the form that dashboards group and filter by."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-main = command("train", TrainConfig, train)
+main = command("train", TrainConfig, train, folder="run_dir", replay=replay)
 
 if __name__ == "__main__":
     main()

@@ -42,7 +42,7 @@ class CachedRead:
 
     def __init__(self, pairs: Sequence[Pair], read: Read, resize: Resize, cache: str, masks: Masks):
         if not cache:
-            raise ValueError("dataset.cache is empty; set it to ram, to a folder, or to null")
+            raise ValueError("loading.cache is empty; set it to ram, to a folder, or to null")
         self.read = read
         self.resize = resize
         self.scale = A.Compose(resize.steps()[:1])
@@ -52,7 +52,7 @@ class CachedRead:
         self.bytes = len(pairs) * 8 + int(np.prod(self.shape))
         self.file: Path | None = None
         if cache == "ram":
-            self._check_room(SHARED_MEMORY if SHARED_MEMORY.is_dir() else None, "dataset.cache=FOLDER")
+            self._check_room(SHARED_MEMORY if SHARED_MEMORY.is_dir() else None, "loading.cache=FOLDER")
             self._open()
             return
         folder = Path(cache).expanduser()
@@ -60,12 +60,12 @@ class CachedRead:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.file.exists() or self.file.stat().st_size != self.bytes:
-                self._check_room(folder, "another folder in dataset.cache")
+                self._check_room(folder, "another folder in loading.cache")
                 _reserve(self.file, self.bytes)
             self._open()
         except (OSError, RuntimeError) as error:
             raise OSError(
-                f"dataset.cache={cache} cannot be used ({error}); choose another folder, ram or null"
+                f"loading.cache={cache} cannot be used ({error}); choose another folder, ram or null"
             ) from error
 
     def __call__(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -109,7 +109,7 @@ class CachedRead:
         if free < self.bytes:
             raise OSError(
                 f"the cache needs {self.bytes / GIBIBYTE:.1f} GiB for {self.shape[0]} images, {folder} has "
-                f"{free / GIBIBYTE:.1f} GiB left; free some, use {way_out}, or set dataset.cache=null"
+                f"{free / GIBIBYTE:.1f} GiB left; free some, use {way_out}, or set loading.cache=null"
             )
 
 

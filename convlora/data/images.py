@@ -3,11 +3,15 @@
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -42,6 +46,16 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     return np.array(image.convert("RGB"))
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file as it is stored, px, from its head alone.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be decoded.
+    """
+    return _decode(path, lambda image: image.size)
+
+
 def open_image(path: Path) -> Image.Image:
     """Decode an image file and turn it upright.
 
@@ -49,9 +63,13 @@ def open_image(path: Path) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be decoded.
     """
+    return _decode(path, ImageOps.exif_transpose)
+
+
+def _decode(path: Path, take: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+            return take(image)
     except FileNotFoundError:
         raise
     except Image.DecompressionBombError as error:

@@ -1,13 +1,14 @@
 """One data set: files listed by split, batched for training, validation and test."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import albumentations as A
 import cv2
 import numpy as np
 import torch
@@ -17,19 +18,19 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from convlora.data.cache import CachedRead
+from convlora.data.images import image_size
+from convlora.data.loading import Loading
 from convlora.data.masks import Masks
 from convlora.data.samples import (
     Batch,
     EpochSampler,
     EvalSamples,
     Pair,
-    Read,
     Sample,
     TrainSamples,
     collate,
     read_pair,
 )
-from convlora.data.transforms import Resize
 
 __all__ = [
     "SPLITS",
@@ -78,32 +79,25 @@ class SegmentationDataModule(LightningDataModule, ABC):
         class_colors: RGB of the classes, in coloured masks and in pictures; None takes a standard palette.
         ignore_index: see there.
         threshold: see there.
-        resize: how an image becomes the network's input.
-        augment: of image and mask in training, before the resize.
-        batch_size: per device.
-        num_workers: loader processes per device; 0 loads in the main process.
-        seed: of order and augmentation in training, and of the choice of `shots`.
-        shots: trains on that many images only; those of a smaller number are among those of a greater one.
-        cache: keeps the training images decoded and resized, `ram` in memory or else in the folder so named;
-            the resize then comes before the augmentation instead of after it. None reads the files each time.
         source: where the data set comes from.
+        loading: how its images are read and batched.
+        start_epoch: the first that is trained; of a resumed run the one after its checkpoint. Set before the
+            training, since loader processes fetch the first batches before Lightning names the epoch.
     """
 
     name: str
     root: Path
     class_names: Sequence[str]
-    resize: Resize
-    augment: A.Compose
-    batch_size: int = 4
-    num_workers: int = 2
-    seed: int = 0
     class_ids: Sequence[int] | None = None
     class_colors: Sequence[Sequence[int]] | None = None
     ignore_index: int | Sequence[int] | None = None
     threshold: int | None = None
-    shots: int | None = None
-    cache: str | None = None
     source: Source = field(default_factory=Source)
+    loading: Loading = field(default_factory=Loading)
+    start_epoch: int = field(default=0, init=False)
+
+    drawn: ClassVar[bool] = False
+    """Whether images are drawn from numbers, so that no file is read."""
 
     def __post_init__(self) -> None:
         """Check the description of the classes."""
@@ -140,6 +134,18 @@ class SegmentationDataModule(LightningDataModule, ABC):
         """Load image [h, w, 3] and class ids [h, w]; raises what `read_pair` does."""
         return read_pair(pair, self.masks)
 
+    def median_side(self) -> int:
+        """Return the median of the training images' longer sides, px; raises what `setup` and `read` do."""
+        return int(np.median([max(image_size(pair.image)) for pair in self.listed("train")]))
+
+    def content(self, split: Split) -> str:
+        """Return what tells the files of a split from others: their number, names and sizes, hashed."""
+        files = [
+            (name, *(file.stat().st_size for file in self.files(pair)))
+            for name, pair in zip(self.names(split), self.listed(split), strict=True)
+        ]
+        return f"{len(files)} ({hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]})"
+
     def setup(self, stage: str) -> None:
         """List the splits of Lightning's stage (`fit`, `validate`, `test`) and check that they are whole.
 
@@ -163,11 +169,13 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the shuffled and augmented training images."""
         pairs, names = self.listed("train"), self.names("train")
-        read: Read = self.read
-        if self.cache is not None:
-            read = CachedRead(pairs, self.read, self.resize, self.cache, self.masks)
-        samples = TrainSamples(pairs, names, self.resize, self.augment, read)
-        return self._loader(samples, EpochSampler(len(samples), self.seed, *self._rank()))
+        resize, cache, read = self.loading.resize, self.loading.cache, self.read
+        if cache is not None:
+            read = CachedRead(pairs, self.read, resize, cache, self.masks)
+        samples = TrainSamples(pairs, names, resize, self.loading.augment, read)
+        sampler = EpochSampler(len(samples), self.loading.seed, *self._rank())
+        sampler.set_epoch(self.start_epoch)
+        return self._loader(samples, sampler)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Return the validation images in order, each on one rank only."""
@@ -178,7 +186,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return self._eval_loader("test")
 
     def _eval_samples(self, split: Split) -> EvalSamples:
-        return EvalSamples(self.listed(split), self.names(split), self.resize, self.read)
+        return EvalSamples(self.listed(split), self.names(split), self.loading.resize, self.read)
 
     def _eval_loader(self, split: Split) -> DataLoader[Sample]:
         samples = self._eval_samples(split)
@@ -193,15 +201,15 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def _loader(self, samples: Dataset[Sample], sampler: Sampler[Any]) -> DataLoader[Sample]:
         return DataLoader(
             samples,
-            batch_size=self.batch_size,
+            batch_size=self.loading.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=self.loading.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_limit_threads,
             # its own, because a loader draws from the global generator each time it is iterated
-            generator=torch.Generator().manual_seed(self.seed),
-            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.loading.seed),
+            persistent_workers=self.loading.num_workers > 0,
         )
 
     def _rank(self) -> tuple[int, int]:
@@ -212,7 +220,9 @@ class SegmentationDataModule(LightningDataModule, ABC):
         if split not in self._listed:
             pairs = self.pairs(split)
             self._check(split, pairs)
-            self._listed[split] = self._few(pairs) if split == "train" and self.shots is not None else pairs
+            self._listed[split] = (
+                self._few(pairs) if split == "train" and self.loading.shots is not None else pairs
+            )
         return self._listed[split]
 
     def incomplete(self) -> list[str]:
@@ -233,13 +243,13 @@ class SegmentationDataModule(LightningDataModule, ABC):
         self._listed = {}
 
     def _few(self, pairs: list[Pair]) -> list[Pair]:
-        shots = self.shots
+        shots = self.loading.shots
         if not isinstance(shots, int) or not 1 <= shots <= len(pairs):
             raise ValueError(
-                f"dataset.shots={self.shots} must be 1 to {len(pairs)}, the training images of {self.name}, "
+                f"loading.shots={shots} must be 1 to {len(pairs)}, the training images of {self.name}, "
                 "or null for all of them"
             )
-        order = np.random.default_rng(self.seed).permutation(len(pairs))
+        order = np.random.default_rng(self.loading.seed).permutation(len(pairs))
         return [pairs[index] for index in sorted(order[:shots])]
 
     def absent(self, missing: str) -> FileNotFoundError:

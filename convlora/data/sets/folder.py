@@ -32,8 +32,10 @@ class Folder(SegmentationDataModule):
             ValueError: an image has no mask or the reverse, a stem stands for two files, a listed name is not
                 there, or an image is listed in two splits.
         """
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.name}: no folder {self.root}; set data_root=YOUR_FOLDER")
+        if not (self.root / "images").is_dir() and not any(self._has(split) for split in SPLITS):
+            raise FileNotFoundError(
+                f"{self.name}: neither images nor splits in {self.root}; set data_root=YOUR_FOLDER"
+            )
         self._refuse_overlap(split)
         if (listing := self.root / f"{split}.csv").is_file():
             return csv_pairs(listing)

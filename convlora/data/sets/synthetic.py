@@ -42,13 +42,14 @@ class Synthetic(SegmentationDataModule):
     test_size: int
     size: int
     scene_seed: int = 0
+    drawn = True
 
     def __post_init__(self) -> None:
         """Refuse to keep scenes in a folder, where those of other settings could be taken for them."""
         super().__post_init__()
-        if self.cache not in (None, "ram"):
+        if self.loading.cache not in (None, "ram"):
             raise ValueError(
-                f"{self.name}: dataset.cache={self.cache} is for files, but scenes are drawn; set ram or null"
+                f"{self.name}: loading.cache={self.loading.cache} is for files, but scenes are drawn; set ram or null"
             )
 
     def pairs(self, split: Split) -> list[Pair]:
@@ -59,6 +60,10 @@ class Synthetic(SegmentationDataModule):
             Pair(folder / "images" / f"{i:05}.png", folder / "masks" / f"{i:05}.png")
             for i in range(sizes[split])
         ]
+
+    def median_side(self) -> int:
+        """Return the side of the scenes, px."""
+        return self.size
 
     def files(self, pair: Pair) -> list[Path]:
         """Name none: a scene is drawn, not loaded."""

@@ -1,0 +1,315 @@
+"""The run folder: one process at a time, checkpoints, what a resumed run must agree in, records and tables."""
+
+import csv
+import fcntl
+import json
+import math
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from convlora.segmenter import Segmenter
+from convlora.task import SegmentationTask, check_agreement
+
+MEBIBYTE = 2**20
+RECORD, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
+# Settings in which a resumed run may differ: where things lie, and what is shown of them.
+FREE = (
+    "command",
+    "data_root",
+    "run_dir",
+    "resume",
+    "dry_run",
+    "dataset.root",
+    "dataset.source",
+    "model.weights",
+    "model.url",
+    "loading.num_workers",
+    "logger",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+)
+
+
+@contextmanager
+def hold(folder: Path, size: int) -> Iterator[None]:
+    """Make a run folder and keep other processes out of it.
+
+    Args:
+        folder: of the run.
+        size: number of trained parameters, for which the disk must have room.
+
+    Raises:
+        OSError: it cannot be written to, the disk has no room for the checkpoints, or another process trains
+            in it. The lock ends with its process, however that ends.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise OSError(f"cannot write to the run folder {folder} ({error}); choose another run_dir") from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            raise OSError(
+                f"{folder} is in use by {lock.read().strip() or 'another process'}; wait until it has ended, "
+                "stop it, or choose another run_dir"
+            ) from error
+        # Two checkpoints and one being written, each of the weights and Adam's two moments; then the adapter.
+        needed = size * 4 * (3 * 3 + 1) + 16 * MEBIBYTE
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(
+                f"the run folder {folder} has {free / MEBIBYTE:.0f} MiB left on its disk, the checkpoints "
+                f"need {needed / MEBIBYTE:.0f} MiB; free some or choose another run_dir"
+            )
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M')}")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def nothing_left(folder: Path, began: Any) -> Iterator[None]:
+    """Remove a run folder that was not there before if the run fails before it began.
+
+    Args:
+        folder: of the run.
+        began: returns whether there is anything to keep.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    fresh = bool(made) or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        yield
+    except BaseException:
+        if fresh and not began():
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in made[1:]:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+        raise
+
+
+def make_folder(key: str, folder: Path) -> None:
+    """Make the folder that a key of the command line names; raises OSError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{key}={folder} cannot be made a folder ({error}); choose another {key}") from error
+
+
+def write_record(folder: Path, command: list[str], config: Mapping[str, Any]) -> None:
+    """Write the settings of a run, all of them, and the arguments that gave them."""
+    text = yaml.safe_dump({"command": command, **config}, sort_keys=False, allow_unicode=True)
+    (folder / RECORD).write_text(text)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run.
+
+    Raises:
+        FileNotFoundError: there is no run in the folder.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        runs = sorted(folder.parent.glob(f"*/{RECORD}"), key=lambda file: file.stat().st_mtime)
+        hint = f"; the newest run beside it is resume={runs[-1].parent}" if runs else ""
+        raise FileNotFoundError(f"resume={folder}: no run there (no {RECORD}){hint}")
+    record = yaml.safe_load(path.read_text())
+    if not isinstance(record, dict) or "command" not in record:
+        raise ValueError(f"{path} is no record of a run of this version; train anew in another run_dir")
+    return record
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse to begin a run where another has been; raises FileExistsError."""
+    if (folder / LAST).is_file() or (folder / RECORD).is_file():
+        raise FileExistsError(
+            f"{folder} already holds a run; go on with it by resume={folder} or choose another run_dir"
+        )
+
+
+def check_same_settings(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with settings that would make it another one.
+
+    Raises:
+        ValueError: with all that differ.
+    """
+    record, given = flatten(read_record(folder)), flatten(config)
+    differing = [
+        f"{key} was {record.get(key)}, is {given.get(key)}"
+        for key in dict.fromkeys([*record, *given])
+        if record.get(key) != given.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        and not (key == "loading.cache" and record.get(key) and given.get(key))
+    ]
+    if differing:
+        raise ValueError(
+            f"resume={folder} is another run with these settings: {'; '.join(differing)}; leave them out to "
+            "go on with the run, or train anew in another run_dir"
+        )
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint of this library, without running code.
+
+    Raises:
+        ValueError: the file is damaged or no such checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is no checkpoint or is damaged; train anew in another run_dir") from error
+    if not isinstance(checkpoint, dict) or "metadata" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of this version; train anew in another run_dir")
+    return checkpoint
+
+
+def check_resumable(checkpoint: Mapping[str, Any], task: SegmentationTask, path: Path) -> None:
+    """Refuse a checkpoint of other base weights, data or devices, or of other trained tensors.
+
+    Raises:
+        ValueError: it is one.
+    """
+    way_out = "resume as it was begun, or train anew in another run_dir"
+    check_agreement(f"run in {path.parent}", checkpoint["facts"], task.facts, way_out)
+    task.segmenter.check_trainable_state(checkpoint["state_dict"])
+
+
+def next_epoch(checkpoint: Mapping[str, Any]) -> int:
+    """Return the epoch, from 0, that a run which is resumed from the checkpoint trains first."""
+    return int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
+@rank_zero_only
+def keep_metrics(logger: CSVLogger, path: Path, step: int) -> None:
+    """Hand the rows of an earlier `metrics.csv` on to the logger, which would begin the file anew.
+
+    Rows beyond the checkpoint's step are left out: training logs them again.
+    """
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    logger.experiment.metrics.extend(row for row in rows if int(row["step"]) < step)
+    logger.save()
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint under one name in the run folder, which may have been moved since it was saved.
+
+    Args:
+        name: of the file, less its suffix.
+        monitor: the score by which it is the best so far; None keeps the last.
+        mode: `max` where a greater score is better, else `min`.
+    """
+
+    def __init__(self, name: str, monitor: str | None = None, mode: str = "min"):
+        super().__init__(
+            None, name, monitor, mode=mode, enable_version_counter=False, save_on_train_epoch_end=True
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save to the run folder."""
+        self.dirpath = trainer.default_root_dir
+        super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score so far; the files lie in the present folder."""
+
+        def moved(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else ""
+
+        paths = {key: moved(state_dict[key]) for key in state_dict if key.endswith("_path")}
+        scores = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "dirpath": self.dirpath, "best_k_models": scores})
+
+
+class StayStopped(Callback):
+    """Ends a resumed run at once that early stopping had ended; Lightning would train another epoch."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what early stopping restored."""
+        stops = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # type: ignore[attr-defined]
+        if any(stop.stopped_epoch > 0 for stop in stops):
+            trainer.should_stop = True
+
+
+class ScoreTable(Callback):
+    """Gathers the test scores of each image from all ranks.
+
+    Attributes:
+        rows: name -> scores, sorted by name, once the test has ended.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier test."""
+        self.rows = {}
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Take the scores of one batch."""
+        self.rows.update(outputs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the ranks."""
+        if trainer.world_size > 1:
+            parts: list[dict[str, dict[str, float]]] = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(parts, self.rows)
+            self.rows = {name: row for part in parts for name, row in part.items()}
+        self.rows = dict(sorted(self.rows.items()))
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record; what is no number, as the IoU of a class that is nowhere, becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(part) for key, part in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    path.write_text(json.dumps(plain(record), indent=2, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, key: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Write a CSV with a line for each name, `key` heading the names."""
+    with path.open("w", newline="") as file:
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        writer = csv.DictWriter(file, [key, *columns])
+        writer.writeheader()
+        writer.writerows({key: name, **row} for name, row in rows.items())
+
+
+def count(segmenter: Segmenter, trainable: bool = False) -> int:
+    """Return the number of parameters, all or trainable."""
+    return sum(p.numel() for p in segmenter.parameters() if p.requires_grad or not trainable)
