@@ -3,8 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from rich.console import Console
@@ -14,8 +15,8 @@ from rich.table import Table
 from convlora import draw
 from convlora.build import Config, command, make, make_test_sets
 from convlora.data.check import Place, examine, judge, list_places, summarise
-from convlora.data.download import fetch, unpack
 from convlora.data.module import Pair, SegmentationDataModule
+from convlora.fetch import fetch, unpack
 
 SHEET = 24  # images of a contact sheet
 SHEET_SIDE = 320  # px, of the longest side of each
@@ -46,7 +47,10 @@ def prepare(config: PrepareConfig) -> None:
         ValueError: no such action.
         SystemExit: with code 1 where the check found errors.
     """
-    data: SegmentationDataModule = make("dataset", config.dataset | {"shots": None})  # all of it
+    whole: Config = {"shots": None}
+    if config.dataset.get("test_subsets"):
+        whole["test_subsets"] = config.dataset["subsets"]
+    data: SegmentationDataModule = make("dataset", config.dataset | whole)
     if config.action == "download":
         download(data)
     elif config.action == "check":
@@ -65,7 +69,7 @@ def download(data: SegmentationDataModule) -> None:
             arrived is kept.
         ValueError: the archive, or what is there, is not what was published.
     """
-    source, folder = data.source, data.root.parent
+    source = data.source
     try:
         verify(data)
     except OSError as error:
@@ -74,14 +78,19 @@ def download(data: SegmentationDataModule) -> None:
             raise OSError(f"{missing}, and it has to be fetched by hand. {source.steps}") from error
         if source.url is None:
             raise
-        archive = fetch(data.name, source, folder)
+        archive = data.root.parent / PurePosixPath(urlsplit(source.url).path).name
+        by_hand = archive.is_file()
+        fetch(data.name, source.url, archive, source.sha256)
         unpack(data.name, archive, data.root)
         data.forget()
         try:
             verify(data)
         except OSError as incomplete:
             raise OSError(f"{data.name}: {archive} holds another data set; {incomplete}") from incomplete
-        archive.unlink()  # its hash stays on record
+        if by_hand:
+            console.print(f"{archive} was there before and is kept")
+        else:
+            archive.unlink()
     table = Table("split", "images")
     for split in data.splits:
         table.add_row(split, str(len(data.listed(split))))
