@@ -47,7 +47,7 @@ def prepare(config: PrepareConfig) -> None:
         ValueError: no such action.
         SystemExit: with code 1 where the check found errors.
     """
-    whole: Config = {"shots": None}
+    whole: Config = {"shots": None}  # whatever part a training would take
     if config.dataset.get("test_subsets"):
         whole["test_subsets"] = config.dataset["subsets"]
     data: SegmentationDataModule = make("dataset", config.dataset | whole)
@@ -63,6 +63,8 @@ def prepare(config: PrepareConfig) -> None:
 
 def download(data: SegmentationDataModule) -> None:
     """Fetch, unpack and verify a data set, as far as that is not done; print what is there.
+
+    A folder that is there but not whole is renamed, see `unpack`. An archive that was there before stays.
 
     Raises:
         OSError: a person has to fetch it, and the message says how; or the download failed, and what has
