@@ -3,8 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from rich.console import Console
@@ -15,8 +16,8 @@ from convlora import draw
 from convlora.build import Config, make, make_test_sets
 from convlora.cli import command
 from convlora.data.check import Place, examine, judge, list_places, summarise
-from convlora.data.download import fetch, unpack
 from convlora.data.module import Pair, SegmentationDataModule
+from convlora.fetch import fetch, unpack
 
 SHEET = 24  # images of a contact sheet
 SHEET_SIDE = 320  # px, of the longest side of each
@@ -45,7 +46,9 @@ def prepare(config: PrepareConfig) -> None:
         ValueError: no such action.
         SystemExit: with code 1 where the check found errors.
     """
-    data: SegmentationDataModule = make("dataset", config.dataset)
+    settings = config.dataset  # all of it is got and checked, whatever part a training would take
+    whole = {"test_subsets": settings["subsets"]} if settings.get("test_subsets") else {}
+    data: SegmentationDataModule = make("dataset", settings, **whole)
     if config.action == "download":
         download(data)
     elif config.action == "check":
@@ -59,12 +62,14 @@ def prepare(config: PrepareConfig) -> None:
 def download(data: SegmentationDataModule) -> None:
     """Fetch, unpack and verify a data set, as far as that is not done; print what is there.
 
+    A folder that is there but not whole is renamed, see `unpack`. An archive that was there before stays.
+
     Raises:
         OSError: a person has to fetch it, and the message says how; or the download failed, and what has
             arrived is kept.
         ValueError: the archive, or what is there, is not what was published.
     """
-    source, folder = data.source, data.root.parent
+    source = data.source
     try:
         verify(data)
     except OSError as error:
@@ -73,14 +78,19 @@ def download(data: SegmentationDataModule) -> None:
             raise OSError(f"{missing}, and it has to be fetched by hand. {source.steps}") from error
         if source.url is None:
             raise
-        archive = fetch(data.name, source, folder)
+        archive = data.root.parent / PurePosixPath(urlsplit(source.url).path).name
+        by_hand = archive.is_file()
+        fetch(data.name, source.url, archive, source.sha256)
         unpack(data.name, archive, data.root)
         data.forget()
         try:
             verify(data)
         except OSError as incomplete:
             raise OSError(f"{data.name}: {archive} holds another data set; {incomplete}") from incomplete
-        archive.unlink()  # its hash stays on record
+        if by_hand:
+            console.print(f"{archive} was there before and is kept")
+        else:
+            archive.unlink()
     table = Table("split", "images")
     for split in data.splits:
         table.add_row(split, str(len(data.listed(split))))

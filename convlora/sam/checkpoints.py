@@ -1,7 +1,6 @@
 """Files of pretrained weights: fetched, verified, read without running code, held against a model."""
 
 import hashlib
-import logging
 import math
 import pickle
 import re
@@ -10,35 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from convlora import fetch as files
+from convlora.fetch import hash_file as hash_file
 
 
 def fetch(name: str, url: str) -> Path:
-    """Return the cached file of an official checkpoint, downloading it where needed.
+    """Return the file of an official checkpoint in torch.hub's cache, downloaded where it is not there yet.
 
     Official names end in the first digits of the file's SHA-256, which is checked here.
 
     Raises:
         OSError: the download failed.
-        ValueError: the cached file has another hash.
+        ValueError: the file has another hash.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    found = re.search(r"_([0-9a-f]{6,})\.\w+$", path.name)
-    prefix = found.group(1) if found else None
-    if not path.is_file():
-        log.info("%s: downloading %s to %s", name, url, path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
-        except (OSError, RuntimeError) as error:
-            raise OSError(
-                f"{name}: could not download {url} ({error}); fetch it by hand and set model.weights=PATH"
-            ) from error
-    elif prefix and not hash_file(path).startswith(prefix):
-        raise ValueError(
-            f"{name}: SHA-256 of {path} does not start with {prefix}; delete it to download it again"
-        )
-    return path
+    published = re.search(r"_([0-9a-f]{6,})\.\w+$", path.name)
+    try:
+        return files.fetch(name, url, path, published and published.group(1))
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{error}, or set model.weights=PATH") from error
 
 
 def read(name: str, path: Path) -> dict[str, Tensor]:
@@ -91,12 +80,6 @@ def _is_zip(path: Path) -> bool:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_tensors(state: dict[str, Tensor]) -> str:

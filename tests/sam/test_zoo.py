@@ -242,7 +242,7 @@ def test_download_is_verified_and_cached(tiny: SamViT, weights: Path, server: st
 
 def test_damaged_download_is_refused(tiny: SamViT, weights: Path, server: str, cache: Path) -> None:
     weights.rename(weights.with_name("tiny_000000.pth"))
-    with pytest.raises(OSError, match=r"could not download .*set model.weights=PATH"):
+    with pytest.raises(ValueError, match=r"should start with 000000; .*set model.weights=PATH"):
         load_backbone(replace(tiny, url=f"{server}/tiny_000000.pth"))
     assert not list(cache.glob("*.pth"))
 
