@@ -336,18 +336,19 @@ def is_half(precision: str) -> bool:
 def _trusted(path: Path, section: str, config: Config) -> Config:
     """Return a section of an adapter's config if it can do no more than build what this library offers.
 
-    Its target must be a class of the section's package, by its own name and not by way of another module, its
-    arguments plain values, and its download one that conf/model/ knows.
+    Its target and those of its parts must be classes of the section's package, by their own names and not by
+    way of another module, their arguments plain values, and its download one that conf/model/ knows.
     """
     target = str(config.get("_target_"))
     offered = target.startswith(ADAPTER_PACKAGES[section])
     found = get_object(target) if offered else None
     if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != target:
         raise ValueError(f"{path} asks for {target}, which is no {section} of this library; it was not built")
-    reserved = [key for key in config if key.startswith("_") and key != "_target_"]
-    if reserved or "_target_" in json.dumps(list(config.values())):
+    parts = {key: value for key, value in config.items() if isinstance(value, dict) and "_target_" in value}
+    plain = {key: value for key, value in config.items() if key != "_target_" and key not in parts}
+    if any(key.startswith("_") for key in [*plain, *parts]) or "_target_" in json.dumps(list(plain.values())):
         raise ValueError(f"{path} hides calls in its {section} section; it was not built")
     known = {OmegaConf.select(OmegaConf.load(file), "url") for file in (CONF / "model").glob("*.yaml")}
     if config.get("url") not in known:
         raise ValueError(f"{path} asks to download {config['url']}, which conf/model/ does not know")
-    return dict(config)
+    return {**config, **{key: _trusted(path, section, part) for key, part in parts.items()}}
