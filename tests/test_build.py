@@ -15,7 +15,8 @@ MODEL = {
     "global_attn_indexes": [1], "image_size": 32, "patch_size": 4, "window_size": 4, "decoder_dim": 32,
     "decoder_mlp_dim": 32, "weights": None,
 }  # fmt: skip
-PEFT = {"_target_": "convlora.peft.conv_lora.ConvLoRA", "rank": 2, "num_experts": 3}
+GATE = {"_target_": "convlora.peft.gating.NoisyTopK", "top_k": 2}
+PEFT = {"_target_": "convlora.peft.conv_lora.ConvLoRA", "rank": 2, "num_experts": 3, "gate": GATE}
 RESIZE = {"_target_": "convlora.data.transforms.SquareResize", "image_size": 32}
 CONFIG = {"model": MODEL, "peft": PEFT, "resize": RESIZE, "trainer": {"precision": "32-true"}}
 
@@ -72,7 +73,7 @@ def test_adapter_of_another_rank_is_refused(adapter: Path) -> None:
         "os.system",
         "builtins.eval",
         "convlora.build.load_adapter",
-        "convlora.peft.method.replace_linears",
+        "convlora.peft.method.aux_loss",
         "convlora.sam.zoo.torch.hub.load",
         "convlora.sam.zoo.torch.load",
         "convlora.sam.checkpoints.Path",
@@ -82,6 +83,13 @@ def test_adapter_of_another_rank_is_refused(adapter: Path) -> None:
 def test_adapter_cannot_ask_for_other_code(adapter: Path, section: str, target: str) -> None:
     rewrite(adapter, config=json.dumps(CONFIG | {section: {"_target_": target}}))
     with pytest.raises(ValueError, match=rf"asks for {target}, which is no {section} of this library"):
+        load_adapter(adapter)
+
+
+def test_adapter_cannot_ask_for_other_code_as_a_part(adapter: Path) -> None:
+    gate = GATE | {"top_k": {"_target_": "os.system"}}
+    rewrite(adapter, config=json.dumps(CONFIG | {"peft": {**PEFT, "gate": gate}}))
+    with pytest.raises(ValueError, match=r"asks for os.system, which is no peft of this library"):
         load_adapter(adapter)
 
 
@@ -125,7 +133,7 @@ def test_missing_adapter_is_named(tmp_path: Path) -> None:
 
 def test_unknown_key_names_its_section_and_the_nearest_key() -> None:
     with pytest.raises(
-        ValueError, match=r"peft: unknown key 'ranks'; did you mean 'rank'\? it takes rank, alpha"
+        ValueError, match=r"peft: unknown key 'ranks'; did you mean 'rank'\? it takes targets, blocks, rank"
     ):
         make("peft", {**PEFT, "ranks": 3})
 
@@ -145,6 +153,8 @@ def test_wrong_types_and_targets_name_their_section(changes: dict[str, str], mes
 def test_what_a_target_raises_reaches_the_user_unwrapped() -> None:
     with pytest.raises(ValueError, match=r"^peft.rank=0 must be at least 1$"):
         make("peft", {**PEFT, "rank": 0})
+    with pytest.raises(ValueError, match=r"^peft.gate.top_k=0 must be at least 1$"):
+        make("peft", {**PEFT, "gate": GATE | {"top_k": 0}})
 
 
 @pytest.mark.parametrize(

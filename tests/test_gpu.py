@@ -11,6 +11,7 @@ from torch import nn
 from convlora.losses import StructureLoss
 from convlora.peft.conv_experts import ConvExperts
 from convlora.peft.conv_lora import ConvLoRA
+from convlora.peft.gating import NoisyTopK
 from convlora.peft.method import aux_loss
 from convlora.sam.attention import RelPosAttention
 from convlora.sam.zoo import SamViT
@@ -25,7 +26,7 @@ pytestmark = [
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_step_never_waits_for_the_gpu(tiny: SamViT, checkpointing: bool) -> None:
     sam = replace(tiny, activation_checkpointing=checkpointing).build()
-    segmenter = Segmenter(sam, ConvLoRA(top_k=2)).train().cuda()
+    segmenter = Segmenter(sam, ConvLoRA(gate=NoisyTopK(top_k=2))).train().cuda()
     optimizer = torch.optim.AdamW(p for p in segmenter.parameters() if p.requires_grad)
     images = torch.randn(2, 3, 32, 32, device="cuda")
     masks = torch.rand(2, 1, 32, 32, device="cuda").round()

@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Activation = Literal["gelu", "identity"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -99,9 +100,8 @@ class ConvExperts(nn.Module):
             y, x = axis_of(h, *kind, z.device), axis_of(w, *kind, z.device)
             tiles = cut(z.float()[:, None].expand(-1, k, -1, -1, -1).flatten(0, 1), y, x)
             places = len(tiles) // (n * k)
-            out = RoutedExperts.apply(
-                tiles, self.weight, self.bias, choice.flatten().repeat(places), (h, w), *kind
-            )
+            weight, bias = self.weight.float(), self.bias.float()
+            out = RoutedExperts.apply(tiles, weight, bias, choice.flatten().repeat(places), (h, w), *kind)
             maps = paste(out, y, x).view(n, k, h, w, r)
             mixed: Tensor = (maps * gates.float().view(n, k, 1, 1, 1)).sum(dim=1)
         return mixed.to(z.dtype)
@@ -151,6 +151,7 @@ class RoutedExperts(torch.autograd.Function):
         return after.reshape(n, h, r, w).transpose(2, 3)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of z, weight and bias; the columns are sampled again."""
         z, weight, choice, before = ctx.saved_tensors

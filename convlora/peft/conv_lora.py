@@ -6,30 +6,31 @@ is a class here.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from convlora.peft.conv_experts import POINTS, ConvExperts, Interpolation
-from convlora.peft.gating import NoisyTopKGate
+from convlora.peft.conv_experts import POINTS, Activation, ConvExperts, Interpolation
+from convlora.peft.gating import Gate, NoisyTopK
 from convlora.peft.lora import LoRALinear
-from convlora.peft.method import replace_linears
+from convlora.peft.method import LinearMethod
 
 
-class ConvLoRALinear(LoRALinear):
-    """The released form: y = W x + (alpha / rank) B (z + sum_i G(z)_i E_i(z)) with z = A x and GELU experts.
+class ConvLoRAEquationLinear(LoRALinear):
+    """The paper's equation: y = W x + (alpha / rank) B (sum_i G(z)_i E_i(z)) with z = A x and linear experts.
 
     The gate chooses per map: per window in windowed attention, per image in global attention.
 
     Args:
         base: the frozen layer.
         rank: channels of the bottleneck.
-        alpha: scale of the update, in units of the rank.
+        alpha: scale of the update, in units of the rank; `rank` in the paper, which has none.
         num_experts: experts at scales 1 to `num_experts`.
-        top_k: experts per map.
+        gate: recipe of the layer's own gate.
         interpolation: between the tokens' grid and the experts'.
     """
+
+    activation: Activation = "identity"
 
     def __init__(
         self,
@@ -37,48 +38,28 @@ class ConvLoRALinear(LoRALinear):
         rank: int,
         alpha: float,
         num_experts: int,
-        top_k: int,
+        gate: Gate,
         interpolation: Interpolation = "bicubic",
     ):
         super().__init__(base, rank, alpha)
-        self.gate = NoisyTopKGate(rank, num_experts, top_k)
-        self.experts = ConvExperts(rank, range(1, num_experts + 1), "gelu", interpolation)
+        self.gate = gate.build(rank, num_experts)
+        self.experts = ConvExperts(rank, range(1, num_experts + 1), self.activation, interpolation)
 
     def bottleneck(self, z: Tensor) -> Tensor:
-        """Add the chosen experts' output to the tokens [n, h, w, rank] or [n, l, rank], l a square window."""
-        grid = as_grid(z)
-        mixed: Tensor = self.experts(grid, *self.gate(grid))
-        return z + mixed.reshape(z.shape)
-
-
-class ConvLoRAEquationLinear(LoRALinear):
-    """The paper's equation: y = W x + B (sum_i G(z)_i E_i(z)) with z = A x and linear experts.
-
-    Args:
-        base: the frozen layer.
-        rank: channels of the bottleneck.
-        num_experts: experts at scales 1 to `num_experts`.
-        top_k: experts per map.
-        interpolation: between the tokens' grid and the experts'.
-    """
-
-    def __init__(
-        self,
-        base: nn.Linear,
-        rank: int,
-        num_experts: int,
-        top_k: int,
-        interpolation: Interpolation = "bicubic",
-    ):
-        super().__init__(base, rank, alpha=rank)
-        self.gate = NoisyTopKGate(rank, num_experts, top_k)
-        self.experts = ConvExperts(rank, range(1, num_experts + 1), "identity", interpolation)
-
-    def bottleneck(self, z: Tensor) -> Tensor:
-        """Replace the tokens [n, h, w, rank] or [n, l, rank] by the chosen experts' output."""
+        """Return the chosen experts' output for tokens [n, h, w, rank] or [n, l, rank], l a square window."""
         grid = as_grid(z)
         mixed: Tensor = self.experts(grid, *self.gate(grid))
         return mixed.reshape(z.shape)
+
+
+class ConvLoRALinear(ConvLoRAEquationLinear):
+    """The released form: y = W x + (alpha / rank) B (z + sum_i G(z)_i E_i(z)) with GELU experts."""
+
+    activation = "gelu"
+
+    def bottleneck(self, z: Tensor) -> Tensor:
+        """Add the chosen experts' output to the tokens."""
+        return z + super().bottleneck(z)
 
 
 def as_grid(tokens: Tensor) -> Tensor:
@@ -98,52 +79,14 @@ def as_grid(tokens: Tensor) -> Tensor:
     return tokens.view(len(tokens), side, side, -1)
 
 
-@dataclass(frozen=True)
-class ConvLoRA:
-    """Conv-LoRA as the authors released it, the form behind the published numbers.
-
-    Args:
-        rank: channels of the bottleneck.
-        alpha: scale of the update, in units of the rank.
-        num_experts: experts at scales 1 to `num_experts`.
-        top_k: experts per map, at most `num_experts`.
-        targets: ends of the names of the adapted layers.
-        blocks: indices of the adapted transformer blocks, negative from the end; None for all.
-        interpolation: between the tokens' grid and the experts', bicubic or bilinear.
-    """
-
-    rank: int = 3
-    alpha: float = 32.0
-    num_experts: int = 8
-    top_k: int = 1
-    targets: Sequence[str] = ("qkv",)
-    blocks: Sequence[int] | None = None
-    interpolation: Interpolation = "bicubic"
-
-    def __post_init__(self) -> None:
-        check_mixture(self.rank, self.num_experts, self.top_k, self.interpolation)
-
-    def inject(self, encoder: nn.Module) -> nn.Module:
-        """Adapt the encoder in place and return it."""
-        replace_linears(
-            encoder,
-            self.targets,
-            self.blocks,
-            lambda base: ConvLoRALinear(
-                base, self.rank, self.alpha, self.num_experts, self.top_k, self.interpolation
-            ),
-        )
-        return encoder
-
-
-@dataclass(frozen=True)
-class ConvLoRAEquation:
+@dataclass(frozen=True, kw_only=True)
+class ConvLoRAEquation(LinearMethod):
     """Conv-LoRA as the paper writes it: no residual in the bottleneck, linear experts, no alpha.
 
     Args:
         rank: channels of the bottleneck.
         num_experts: experts at scales 1 to `num_experts`.
-        top_k: experts per map, at most `num_experts`.
+        gate: which of them each map passes through.
         targets: ends of the names of the adapted layers.
         blocks: indices of the adapted transformer blocks, negative from the end; None for all.
         interpolation: between the tokens' grid and the experts', bicubic or bilinear.
@@ -151,34 +94,36 @@ class ConvLoRAEquation:
 
     rank: int = 3
     num_experts: int = 8
-    top_k: int = 1
-    targets: Sequence[str] = ("qkv",)
-    blocks: Sequence[int] | None = None
+    gate: Gate = field(default_factory=NoisyTopK)
     interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
-        check_mixture(self.rank, self.num_experts, self.top_k, self.interpolation)
+        if self.rank < 1:
+            raise ValueError(f"peft.rank={self.rank} must be at least 1")
+        if self.num_experts < 1:
+            raise ValueError(f"peft.num_experts={self.num_experts} must be at least 1")
+        if not isinstance(self.gate, Gate):
+            raise ValueError(f"peft.gate={self.gate} is no gate; choose one such as peft/gate=noisy_top_k")
+        if self.interpolation not in POINTS:
+            raise ValueError(f"peft.interpolation={self.interpolation} must be one of {', '.join(POINTS)}")
 
-    def inject(self, encoder: nn.Module) -> nn.Module:
-        """Adapt the encoder in place and return it."""
-        replace_linears(
-            encoder,
-            self.targets,
-            self.blocks,
-            lambda base: ConvLoRAEquationLinear(
-                base, self.rank, self.num_experts, self.top_k, self.interpolation
-            ),
+    def adapt(self, layer: nn.Linear) -> ConvLoRAEquationLinear:
+        """Return the layer with a mixture in its update."""
+        return ConvLoRAEquationLinear(
+            layer, self.rank, self.rank, self.num_experts, self.gate, self.interpolation
         )
-        return encoder
 
 
-def check_mixture(rank: int, num_experts: int, top_k: int, interpolation: str) -> None:
-    """Refuse settings that make no mixture of experts."""
-    if rank < 1:
-        raise ValueError(f"peft.rank={rank} must be at least 1")
-    if num_experts < 1:
-        raise ValueError(f"peft.num_experts={num_experts} must be at least 1")
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"peft.top_k={top_k} must lie between 1 and peft.num_experts={num_experts}")
-    if interpolation not in POINTS:
-        raise ValueError(f"peft.interpolation={interpolation} must be one of {', '.join(POINTS)}")
+@dataclass(frozen=True, kw_only=True)
+class ConvLoRA(ConvLoRAEquation):
+    """Conv-LoRA as the authors released it, the form behind the published numbers.
+
+    Args:
+        alpha: scale of the update, in units of the rank; the others are the equation's.
+    """
+
+    alpha: float = 32.0
+
+    def adapt(self, layer: nn.Linear) -> ConvLoRALinear:
+        """Return the layer with a mixture in its update."""
+        return ConvLoRALinear(layer, self.rank, self.alpha, self.num_experts, self.gate, self.interpolation)

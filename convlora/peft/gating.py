@@ -1,9 +1,11 @@
-"""The gate of a mixture of experts: noisy top-k routing with a balance loss.
+"""Gates of a mixture of experts: noisy top-k routing with a balance loss.
 
 Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", ICLR 2017,
 arXiv:1701.06538, equations 3 to 11 and appendix A.
 """
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,15 +23,50 @@ class Routes(NamedTuple):
 
     Attributes:
         choice: indices of the chosen experts [n, k].
-        gates: their weights [n, k], positive, of sum 1.
+        gates: their weights [n, k], positive.
     """
 
     choice: Tensor
     gates: Tensor
 
 
+class Gate(ABC):
+    """A recipe for the gates of a mixture."""
+
+    @abstractmethod
+    def build(self, channels: int, num_experts: int) -> nn.Module:
+        """Return one layer's own gate, which maps [n, h, w, channels] to `Routes` and records its `aux_loss`.
+
+        Raises:
+            ValueError: it cannot choose from so many experts.
+        """
+
+
+@dataclass(frozen=True)
+class NoisyTopK(Gate):
+    """The released Conv-LoRA's gate.
+
+    Args:
+        top_k: experts kept per map, from 1 to their number.
+    """
+
+    top_k: int = 1
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"peft.gate.top_k={self.top_k} must be at least 1")
+
+    def build(self, channels: int, num_experts: int) -> "NoisyTopKGate":
+        """Return a gate that has learnt nothing yet."""
+        if self.top_k > num_experts:
+            raise ValueError(
+                f"peft.gate.top_k={self.top_k} must lie between 1 and peft.num_experts={num_experts}"
+            )
+        return NoisyTopKGate(channels, num_experts, self.top_k)
+
+
 class NoisyTopKGate(HasAuxLoss):
-    """Chooses `top_k` of `num_experts` experts for each map by the mean of its tokens.
+    """Chooses `top_k` of `num_experts` experts for each map by the mean of its tokens; weights of sum 1.
 
     With `top_k=1` the softmax over the one kept logit is the constant 1: the gate then learns from the
     balance loss alone, which is how the published Conv-LoRA was trained. Always computes in float32, since

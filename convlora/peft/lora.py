@@ -1,11 +1,10 @@
 """LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): a trainable low-rank update of a frozen linear layer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from convlora.peft.method import replace_linears
+from convlora.peft.method import LinearMethod
 
 
 class LoRALinear(nn.Module):
@@ -39,7 +38,7 @@ class LoRALinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(LinearMethod):
     """Plain LoRA on the linear layers named by `targets`.
 
     Args:
@@ -51,16 +50,11 @@ class LoRA:
 
     rank: int = 3
     alpha: float = 32.0
-    targets: Sequence[str] = ("qkv",)
-    blocks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"peft.rank={self.rank} must be at least 1")
 
-    def inject(self, encoder: nn.Module) -> nn.Module:
-        """Adapt the encoder in place and return it."""
-        replace_linears(
-            encoder, self.targets, self.blocks, lambda base: LoRALinear(base, self.rank, self.alpha)
-        )
-        return encoder
+    def adapt(self, layer: nn.Linear) -> LoRALinear:
+        """Return the layer with a low-rank update."""
+        return LoRALinear(layer, self.rank, self.alpha)

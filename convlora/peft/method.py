@@ -1,8 +1,10 @@
 """What every fine-tuning method shares: the protocol, the replacement of linear layers, auxiliary losses."""
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,44 +20,50 @@ class Method(Protocol):
         """
 
 
-def replace_linears(
-    encoder: nn.Module,
-    targets: Sequence[str],
-    blocks: Sequence[int] | None,
-    adapt: Callable[[nn.Linear], nn.Module],
-) -> None:
-    """Replace every linear layer that a target names by `adapt(layer)`.
+@dataclass(frozen=True, kw_only=True)
+class LinearMethod(ABC):
+    """A method that replaces linear layers; a subclass says by what.
 
     What lies before the first adapted block has nothing to learn, so autograd keeps nothing of it.
 
     Args:
-        encoder: changed in place.
-        targets: the last parts of module names: `qkv` is the fused projection of every block,
-            `blocks.0.attn.qkv` that of the first.
+        targets: the last parts of the names of the adapted layers: `qkv` is the fused projection of every
+            block, `blocks.0.attn.qkv` that of the first.
         blocks: where to look, as indices among the encoder's transformer blocks, negative from the end; None
             looks everywhere.
-        adapt: makes the adapted layer, which keeps the frozen one.
-
-    Raises:
-        ValueError: there are no targets or blocks, no such block, or a target names no linear layer there.
     """
-    linears = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
-    if not targets:
-        raise ValueError(
-            "peft.targets is empty, so nothing would be adapted; peft=decoder_only says that outright"
-        )
-    if blocks is not None:
-        prefixes = _chosen_blocks(list(linears), blocks)
-        linears = {name: module for name, module in linears.items() if _block(name) in prefixes}
-    for target in targets:
-        if not any(_is_named(name, target) for name in linears):
-            kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+
+    targets: Sequence[str] = ("qkv",)
+    blocks: Sequence[int] | None = None
+
+    @abstractmethod
+    def adapt(self, layer: nn.Linear) -> nn.Module:
+        """Return the layer in whose place it stands, which keeps it as `base` and starts as its equal."""
+
+    def inject(self, encoder: nn.Module) -> nn.Module:
+        """Replace every linear layer that a target names by `adapt(layer)`, in place; return the encoder.
+
+        Raises:
+            ValueError: no targets or blocks, no such block, or a target that names no linear layer there.
+        """
+        linears = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+        if not self.targets:
             raise ValueError(
-                f"peft.targets: '{target}' names no linear layer of the image encoder; it has {kinds}"
+                "peft.targets is empty, so nothing would be adapted; peft=decoder_only says that outright"
             )
-    for name, linear in linears.items():
-        if any(_is_named(name, target) for target in targets):
-            encoder.set_submodule(name, adapt(linear), strict=True)
+        if self.blocks is not None:
+            prefixes = _chosen_blocks(list(linears), self.blocks)
+            linears = {name: module for name, module in linears.items() if _block(name) in prefixes}
+        for target in self.targets:
+            if not any(_is_named(name, target) for name in linears):
+                kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+                raise ValueError(
+                    f"peft.targets: '{target}' names no linear layer of the image encoder; it has {kinds}"
+                )
+        for name, linear in linears.items():
+            if any(_is_named(name, target) for target in self.targets):
+                encoder.set_submodule(name, self.adapt(linear), strict=True)
+        return encoder
 
 
 def _is_named(name: str, target: str) -> bool:
@@ -102,3 +110,7 @@ class HasAuxLoss(nn.Module):
     """
 
     aux_loss: Tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the loss behind: a graph can be neither copied nor pickled."""
+        return {key: value for key, value in self.__dict__.items() if key != "aux_loss"}

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import golden
@@ -119,6 +121,31 @@ def test_half_precision_costs_the_rounding_of_the_tokens_only(dtype: torch.dtype
         found = experts(z, choice, gates)
     assert found.dtype == dtype
     torch.testing.assert_close(found, experts(z.float(), choice, gates).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parameters_may_be_held_in_any_precision(dtype: torch.dtype) -> None:
+    """Computed in float32 from what is held; only gradients and output are rounded to it."""
+    held = make(range(1, 9), "gelu", "bicubic").to(dtype)
+    exact = copy.deepcopy(held).float()
+    z, choice, gates = torch.randn(8, 14, 14, 3).to(dtype), torch.arange(8)[:, None], torch.ones(8, 1)
+    found, expected = held(z, choice, gates), exact(z.float(), choice, gates)
+    torch.testing.assert_close(found, expected.to(dtype))
+    found.sum().backward()
+    expected.sum().backward()
+    for ours, reference in zip(held.parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None
+        assert reference.grad is not None
+        torch.testing.assert_close(ours.grad, reference.grad.to(dtype))
+
+
+def test_second_derivatives_are_refused() -> None:
+    experts = make([2, 3], "gelu", "bicubic")
+    z, gates = torch.randn(2, 4, 4, 3, requires_grad=True), torch.ones(2, 1, requires_grad=True)
+    out = experts(z, torch.tensor([[0], [1]]), gates)
+    (slope,) = torch.autograd.grad(out.sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
 
 
 def test_idle_experts_get_a_zero_gradient() -> None:

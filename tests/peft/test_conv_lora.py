@@ -10,7 +10,9 @@ from convlora.peft.conv_lora import (
     ConvLoRALinear,
     as_grid,
 )
-from convlora.peft.gating import balance_loss
+from convlora.peft.gating import NoisyTopK, balance_loss
+from convlora.peft.method import aux_loss
+from convlora.sam.zoo import SamViT
 
 CASES = ("windows_eval", "windows_train", "image_eval", "oblong_eval")
 Reference = dict[str, Tensor]
@@ -30,7 +32,7 @@ def reference(case: str) -> Reference:
 def layer(case: str, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> ConvLoRALinear:
     c_out, c_in = reference["weight"].shape
     num_experts, rank = reference["expert_bias"].shape
-    layer = ConvLoRALinear(nn.Linear(c_in, c_out), rank, alpha=32, num_experts=num_experts, top_k=1)
+    layer = ConvLoRALinear(nn.Linear(c_in, c_out), rank, 32, num_experts, NoisyTopK())
     names = {
         "base.weight": "weight",
         "base.bias": "bias",
@@ -93,11 +95,8 @@ def test_balance_loss_trains_the_gate_as_released(layer: ConvLoRALinear, referen
 def test_several_experts_add_up_by_their_gates(equation: bool) -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 9)
-    layer = (
-        ConvLoRAEquationLinear(base, rank=3, num_experts=4, top_k=2)
-        if equation
-        else ConvLoRALinear(base, rank=3, alpha=6, num_experts=4, top_k=2)
-    )
+    kind = ConvLoRAEquationLinear if equation else ConvLoRALinear
+    layer = kind(base, rank=3, alpha=6, num_experts=4, gate=NoisyTopK(top_k=2))
     nn.init.normal_(layer.lora_b.weight)
     nn.init.normal_(layer.gate.weight)
     layer.eval()
@@ -108,14 +107,14 @@ def test_several_experts_add_up_by_their_gates(equation: bool) -> None:
     torch.testing.assert_close(gates.sum(dim=1), torch.ones(5))
     alone = [layer.experts(z, choice[:, k : k + 1], torch.ones(5, 1)) for k in range(2)]
     mixed = sum(gates[:, k, None, None, None] * alone[k] for k in range(2))
-    # y = W x + B sum_i G_i E_i(z), and as released y = W x + (alpha / r) B (z + sum_i G_i E_i(z))
-    expected = base(x) + (layer.lora_b(mixed) if equation else 2 * layer.lora_b(z + mixed))
+    # y = W x + (alpha / r) B sum_i G_i E_i(z), and as released y = W x + (alpha / r) B (z + sum_i G_i E_i(z))
+    expected = base(x) + 2 * layer.lora_b(mixed if equation else z + mixed)
     torch.testing.assert_close(layer(x), expected)
 
 
 def test_equation_is_linear_in_the_tokens_for_fixed_gates() -> None:
     torch.manual_seed(0)
-    layer = ConvLoRAEquationLinear(nn.Linear(6, 9), rank=3, num_experts=5, top_k=1)
+    layer = ConvLoRAEquation(num_experts=5).adapt(nn.Linear(6, 9))
     routes = torch.arange(5)[:, None], torch.ones(5, 1)
     z = torch.randn(5, 7, 7, 3)
     bias = layer.experts(torch.zeros_like(z), *routes)
@@ -126,7 +125,7 @@ def test_equation_is_linear_in_the_tokens_for_fixed_gates() -> None:
 
 def test_square_windows_equal_grids() -> None:
     torch.manual_seed(0)
-    layer = ConvLoRALinear(nn.Linear(6, 9), rank=3, alpha=32, num_experts=3, top_k=1).eval()
+    layer = ConvLoRA(num_experts=3).adapt(nn.Linear(6, 9)).eval()
     nn.init.normal_(layer.lora_b.weight)
     x = torch.randn(4, 5, 5, 6)
     torch.testing.assert_close(layer(x.flatten(1, 2)), layer(x).flatten(1, 2))
@@ -144,16 +143,45 @@ def test_impossible_mixtures_are_refused(method: type[ConvLoRA | ConvLoRAEquatio
         method(rank=0)
     with pytest.raises(ValueError, match=r"peft.num_experts=0 must be at least 1"):
         method(num_experts=0)
-    with pytest.raises(ValueError, match=r"peft.top_k=3 .* peft.num_experts=2"):
-        method(num_experts=2, top_k=3)
+    with pytest.raises(ValueError, match=r"peft.gate.top_k=3 must lie between 1 and peft.num_experts=2"):
+        method(num_experts=2, gate=NoisyTopK(top_k=3)).adapt(nn.Linear(6, 9))
+    for no_gate in (None, {"top_k": 1}, NoisyTopK, NoisyTopK().build(3, 8)):
+        with pytest.raises(
+            ValueError, match=r"peft.gate=.* is no gate; choose one such as peft/gate=noisy_top_k"
+        ):
+            method(gate=no_gate)
     with pytest.raises(ValueError, match=r"peft.interpolation=nearest must be one of bicubic, bilinear"):
         method(interpolation="nearest")
+
+
+def test_the_equation_has_no_alpha() -> None:
+    layer = ConvLoRAEquation(rank=5).adapt(nn.Linear(6, 9))
+    assert layer.scaling == 1
+
+
+def test_balance_loss_sums_over_layers(tiny: SamViT) -> None:
+    encoder = ConvLoRA(num_experts=4).inject(tiny.build().image_encoder.requires_grad_(False)).train()
+    encoder(torch.randn(2, 3, 32, 32))
+    single = [block.attn.qkv.gate.aux_loss for block in encoder.blocks]
+    found = aux_loss(encoder)
+    assert found is not None
+    assert len(single) == 2
+    torch.testing.assert_close(found, single[0] + single[1])
+
+
+def test_nothing_is_kept_before_the_first_adapted_block(tiny: SamViT) -> None:
+    encoder = ConvLoRA(blocks=[-1]).inject(tiny.build().image_encoder.requires_grad_(False)).train()
+    learns: list[bool] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, output: learns.append(output.requires_grad))
+    encoder(torch.randn(1, 3, 32, 32))
+    assert learns == [False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gate_stays_in_full_precision_under_autocast(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer = ConvLoRALinear(nn.Linear(6, 9), rank=3, alpha=32, num_experts=4, top_k=1).train()
+    layer = ConvLoRA(num_experts=4).adapt(nn.Linear(6, 9)).train()
     nn.init.normal_(layer.lora_b.weight)
     x = 200 * torch.randn(4, 6, 6, 6)
     with torch.autocast("cpu", dtype):

@@ -1,6 +1,116 @@
-import torch
+import copy
 
-from convlora.peft.gating import NoisyTopKGate, cv_squared, prob_in_top_k
+import pytest
+import torch
+from composed import compose, names
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from convlora.peft.gating import Gate, NoisyTopK, NoisyTopKGate, Routes, cv_squared, prob_in_top_k
+from convlora.peft.method import aux_loss
+
+
+@pytest.fixture(params=names("peft/gate"))
+def recipe(request: pytest.FixtureRequest) -> Gate:
+    made: Gate = instantiate(compose(f"peft/gate/{request.param}").peft.gate, _convert_="all")
+    return made
+
+
+@pytest.fixture
+def gate(recipe: Gate) -> nn.Module:
+    """One that has learnt something: among equal experts any choice would do."""
+    torch.manual_seed(0)
+    gate = recipe.build(channels=3, num_experts=5)
+    for parameter in gate.parameters():
+        nn.init.normal_(parameter)
+    return gate
+
+
+def assert_routes(routes: Routes, num_maps: int, num_experts: int) -> None:
+    choice, gates = routes
+    assert choice.shape == gates.shape
+    assert len(choice) == num_maps
+    assert choice.dtype == torch.long
+    assert ((choice >= 0) & (choice < num_experts)).all()
+    assert all(len(set(row)) == len(row) for row in choice.tolist()), "an expert is chosen twice"
+    assert (gates.isfinite() & (gates > 0)).all()
+
+
+def maps(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(64, 4, 6, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_gate_gives_each_map_experts_with_weights(gate: nn.Module, training: bool) -> None:
+    routes = gate.train(training)(maps())
+    assert_routes(routes, 64, 5)
+    assert len(routes.choice.unique()) > 1
+
+
+def test_every_gate_records_its_loss_in_training_only(gate: nn.Module) -> None:
+    gate.eval()(maps())
+    assert not hasattr(gate, "aux_loss")
+    gate.train()(maps())
+    loss = aux_loss(gate)
+    assert loss is not None
+    assert loss.shape == ()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_gate_learns_from_task_and_balance(gate: nn.Module, dtype: torch.dtype) -> None:
+    gates = gate.to(dtype).train()(maps(dtype)).gates
+    ((gates * torch.randn_like(gates)).sum() + gate.aux_loss).backward()
+    for name, parameter in gate.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == dtype, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_every_gate_decides_alike_in_evaluation(gate: nn.Module) -> None:
+    first, second = gate.eval()(maps()), gate(maps())
+    assert torch.equal(first.choice, second.choice)
+    assert torch.equal(first.gates, second.gates)
+
+
+def test_every_gate_is_its_layers_own(recipe: Gate) -> None:
+    first, second = recipe.build(3, 5), recipe.build(3, 5)
+    assert not {id(m) for m in first.modules()} & {id(m) for m in second.modules()}
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+
+
+def test_every_gate_computes_in_full_precision(gate: nn.Module) -> None:
+    held = gate.bfloat16().train()
+    assert held(maps(torch.bfloat16)).gates.dtype == held.aux_loss.dtype == torch.float32
+    exact = copy.deepcopy(held).float().eval()(maps(torch.bfloat16).float())
+    found = held.eval()(maps(torch.bfloat16))
+    assert torch.equal(found.choice, exact.choice)
+    assert torch.equal(found.gates, exact.gates)
+
+
+@pytest.mark.parametrize("method", ["conv_lora", "conv_lora_equation"])
+def test_command_line_chooses_the_gate_and_sets_it(method: str) -> None:
+    line = (f"peft={method}", "peft/gate=noisy_top_k", "peft.gate.top_k=2")
+    made = instantiate(compose("train", *line).peft, _convert_="all")
+    assert made.gate == NoisyTopK(top_k=2)
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_no_experts_are_refused(top_k: int) -> None:
+    with pytest.raises(ValueError, match=rf"peft.gate.top_k={top_k} must be at least 1"):
+        NoisyTopK(top_k=top_k)
+
+
+def test_more_experts_than_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"peft.gate.top_k=3 must lie between 1 and peft.num_experts=2"):
+        NoisyTopK(top_k=3).build(channels=3, num_experts=2)
+
+
+def test_top_k_is_the_number_of_experts_per_map() -> None:
+    routes = NoisyTopK(top_k=2).build(3, 6)(maps())
+    assert routes.choice.shape == (64, 2)
+    torch.testing.assert_close(routes.gates.sum(dim=1), torch.ones(64))
 
 
 def test_balance_loss_is_least_when_experts_share_evenly() -> None:
