@@ -17,7 +17,7 @@ from convlora import IGNORED
 Picture = NDArray[np.uint8]
 Color = Sequence[int]
 
-MISSED, FALSE = (0, 255, 0), (255, 64, 0)  # of error maps, RGB
+MISSED, FALSE = (86, 180, 233), (213, 94, 0)  # of error maps, RGB; Okabe and Ito's, for all eyes
 OUTLINE = (0, 255, 255)  # of a foreground; rare in tissue, plants, animals and soil
 IGNORED_COLOR = (255, 255, 255)
 SHARE_IN_OVERLAYS = 0.45  # of the class colours
@@ -67,7 +67,7 @@ def paint(classes: Picture, colors: Mapping[str, Color]) -> Picture:
 
 
 def error_map(image: Picture, mask: Picture, classes: Picture, binary: bool) -> Picture:
-    """Return the dimmed image with wrong pixels in red, of a binary task those missed in green."""
+    """Return the dimmed image with wrong pixels in orange, of a binary task those missed in blue."""
     picture = image // 3
     picture[(mask != classes) & (mask != IGNORED)] = FALSE
     if binary:
@@ -136,7 +136,7 @@ def draw_page(rows: Sequence[Row], colors: Mapping[str, Color], path: Path) -> N
     binary = len(colors) == 1
     figure = Figure(figsize=(12, 3.1 * len(rows) + 0.4 * (not binary)), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False)
-    error = "error: missed green, false red" if binary else "error: red"
+    error = "error: missed blue, false orange" if binary else "error: orange"
     for row, line in zip(rows, axes, strict=True):
         found = row.prob if binary else paint(row.classes, colors)
         panels = (

@@ -1,7 +1,10 @@
+from colorsys import rgb_to_hsv
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from convlora import IGNORED
@@ -34,6 +37,53 @@ def test_error_map_of_a_foreground_marks_missed_and_false_pixels() -> None:
     assert tuple(picture[0, 1]) == MISSED
     assert tuple(picture[1, 0]) == FALSE
     assert (picture[[0, 1], [0, 1]] == 30).all()
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, of linear RGB
+SIGHT = {
+    "normal": np.eye(3),
+    "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "deuteranopia": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "tritanopia": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+
+
+def cielab(colors: ArrayLike, sight: ArrayLike) -> NDArray[np.float64]:
+    part = np.asarray(colors) / 255
+    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.asarray(sight).T, 0, 1)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.moveaxis(np.cbrt(seen @ to_xyz.T / to_xyz.sum(axis=1)), -1, 0)  # but for the darkest colours
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+@pytest.mark.parametrize("sight", SIGHT.values(), ids=SIGHT)
+def test_missed_and_false_pixels_are_told_apart_by_any_eyes(sight: ArrayLike) -> None:
+    missed, false = cielab([MISSED, FALSE], sight)
+    assert np.linalg.norm(missed - false) > 80
+    assert abs(missed[0] - false[0]) > 9  # also without any colour
+    greys = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
+    nothing = np.zeros((1, 256), np.uint8)
+    dimmed = cielab(error_map(greys, nothing, nothing, binary=True), sight)
+    for color in (missed, false):
+        assert np.linalg.norm(dimmed - color, axis=-1).min() > 45
+
+
+def test_titles_name_the_colours_of_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *_, **__: titles.extend(a.get_title() for a in self.axes)
+    )
+    ids = np.zeros((20, 30), np.uint8)
+    row = Row("sample", np.zeros((20, 30, 3), np.uint8), ids, ids, ids, "dice 0.5")
+    draw_page([row], {"object": [1, 2, 3]}, tmp_path / "binary.png")
+    draw_page([row], COLORS, tmp_path / "classes.png")
+    assert [title for title in titles if "error" in title] == [
+        "error: missed blue, false orange",
+        "error: orange",
+    ]
+    for color, (least, greatest) in ((MISSED, (190, 250)), (FALSE, (20, 45))):
+        assert least < 360 * rgb_to_hsv(*np.array(color) / 255)[0] < greatest
 
 
 def test_error_map_of_classes_marks_wrong_ones_and_no_ignored_ones() -> None:

@@ -17,7 +17,7 @@ from convlora.data.masks import Masks
 from convlora.data.samples import Pair, Read
 from convlora.data.transforms import Resize
 
-FORMAT = 1  # changes when the same files would be stored otherwise
+FORMAT = 2  # changes when the same files would be stored otherwise
 GIBIBYTE = 2**30
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -166,9 +166,17 @@ def read_binary(path: Path, threshold: int | None = None) -> NDArray[np.uint8]:
     if not any(binary.issuperset(found.tolist()) for binary in _BINARY_VALUES):
         raise ValueError(
             f"{path}: the mask has the values {_several([f'{value:g}' for value in found])}, but a binary "
-            "mask has 0 and 1, or 0 and 255; set dataset.threshold=127 to take what is brighter as foreground"
+            f"mask has 0 and 1, or 0 and 255; {_way_out(float(found[0]), float(found[-1]))}"
         )
     return np.asarray(values > 0, dtype=np.uint8)
+
+
+def _way_out(least: float, greatest: float) -> str:
+    """Advise on a mask of other values: a threshold halfway if one is allowed there and splits the mask."""
+    threshold = int(min(254.0, max(0.0, (least + greatest) / 2)))
+    if least <= threshold < greatest:
+        return f"set dataset.threshold={threshold} to take what is brighter as foreground"
+    return "save it with 0 for background and 255 for foreground"
 
 
 def _pixels(path: Path, colors: Collection[int] = ()) -> NDArray[Any]:

@@ -1,20 +1,20 @@
 """From an image of any size to the network's square input."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import albumentations as A
 import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from convlora import IGNORED
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# OpenCV's bicubic does not antialias, so images are scaled down by area instead. Of its two nearest modes
-# only the exact one samples at pixel centres, as bicubic does; the other shifts masks against their images.
-_IMAGE_INTERPOLATION = cv2.INTER_CUBIC
-_MASK_INTERPOLATION = cv2.INTER_NEAREST_EXACT
 
 
 class Resize(Protocol):
@@ -42,14 +42,7 @@ class SquareResize:
 
     def steps(self) -> list[A.BasicTransform]:
         """See `Resize`."""
-        resize = A.Resize(
-            self.image_size,
-            self.image_size,
-            interpolation=_IMAGE_INTERPOLATION,
-            mask_interpolation=_MASK_INTERPOLATION,
-            area_for_downscale="image",
-        )
-        return [resize, A.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        return [_Scale(self.content), A.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 
     def content(self, height: int, width: int) -> tuple[int, int]:
         """See `Resize`; the whole square."""
@@ -64,12 +57,6 @@ class LongestSideResize:
 
     def steps(self) -> list[A.BasicTransform]:
         """See `Resize`."""
-        scale = A.LongestMaxSize(
-            self.image_size,
-            interpolation=_IMAGE_INTERPOLATION,
-            mask_interpolation=_MASK_INTERPOLATION,
-            area_for_downscale="image",
-        )
         # SAM pads after normalising, so that the padding is the mean colour and not black
         pad = A.PadIfNeeded(
             self.image_size,
@@ -79,14 +66,46 @@ class LongestSideResize:
             fill=0,
             fill_mask=IGNORED,
         )
-        return [scale, A.Normalize(IMAGENET_MEAN, IMAGENET_STD), pad]
+        return [_Scale(self.content), A.Normalize(IMAGENET_MEAN, IMAGENET_STD), pad]
 
     def content(self, height: int, width: int) -> tuple[int, int]:
         """See `Resize`."""
-        scale = self.image_size / max(height, width)  # in albumentations' order, so that rounding agrees
+        scale = self.image_size / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def eval_transform(resize: Resize) -> A.Compose:
     """Return the transform for evaluation and prediction: resize, normalise and pad."""
     return A.Compose(resize.steps())
+
+
+class _Scale(A.DualTransform):  # type: ignore[misc]
+    """Scales images [h, w, 3] as Pillow's bicubic does, within rounding, and masks by the nearest pixels.
+
+    PyTorch's antialiased bicubic is that of Pillow before 13 (which takes the height first where that is less
+    work): the same kernel, and the same two rounded passes. OpenCV's has another kernel and no antialias.
+
+    Args:
+        content: height and width before -> after.
+    """
+
+    def __init__(self, content: Callable[[int, int], tuple[int, int]]):
+        super().__init__(p=1)
+        self.content = content
+
+    def apply(self, img: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
+        """Scale an image."""
+        size = self.content(*img.shape[:2])
+        if size == img.shape[:2]:
+            return img
+        # copied, since PyTorch takes no negative strides;
+        # with the batch axis first the strides are those of channels_last, which is the fast path
+        images = torch.from_numpy(img.copy())[None].permute(0, 3, 1, 2)
+        scaled = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        return np.ascontiguousarray(scaled[0].permute(1, 2, 0).numpy())
+
+    def apply_to_mask(self, mask: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
+        """Scale a mask."""
+        height, width = self.content(*mask.shape[:2])
+        # of OpenCV's two nearest modes only this one samples at pixel centres; the other shifts masks
+        return np.asarray(cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))

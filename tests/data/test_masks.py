@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,51 @@ def test_grey_mask_is_refused_with_its_values_and_the_way_out(tmp_path: Path) ->
     path = save(tmp_path / "a.png", np.array([[0, 3, 128, 255]], dtype=np.uint8))
     with pytest.raises(ValueError, match=r"a\.png: .* 0, 3, 128, 255, .*dataset\.threshold=127"):
         read_binary(path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([0, 127], np.uint8),
+        np.array([127, 255], np.uint8),
+        np.array([254, 255], np.uint8),
+        np.array([0, 1, 2], np.uint8),
+        np.arange(18, dtype=np.uint8),  # as JPEG leaves a dark foreground
+        np.array([0, 128], np.uint16),
+        np.array([0, 300], np.uint16),
+        np.array([0, 32768], np.uint16),
+        np.array([200, 40000, 65535], np.uint16),
+        np.array([-7, 3], np.int32),
+        np.array([0, 0.5], np.float32),
+    ],
+    ids=str,
+)
+def test_the_threshold_that_is_advised_splits_the_mask(tmp_path: Path, values: NDArray[np.generic]) -> None:
+    path = save(tmp_path / "a.tif", values[None])
+    with pytest.raises(ValueError, match=r"dataset\.threshold=\d+ to take what is brighter") as caught:
+        read_binary(path)
+    (threshold,) = re.findall(r"dataset\.threshold=(\d+)", str(caught.value))
+    mask = Masks(["object"], threshold=int(threshold)).read(path)
+    assert mask[0, 0] == 0
+    assert mask[0, -1] == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([127], np.uint8),
+        np.array([300, 65535], np.uint16),
+        np.array([-9, -2], np.int32),
+        np.array([0.2, 0.7], np.float32),
+        np.array([0, np.nan], np.float32),
+    ],
+    ids=str,
+)
+def test_no_threshold_is_advised_where_none_splits_the_mask(
+    tmp_path: Path, values: NDArray[np.generic]
+) -> None:
+    with pytest.raises(ValueError, match="; save it with 0 for background and 255 for foreground"):
+        read_binary(save(tmp_path / "a.tif", values[None]))
 
 
 def test_1_and_255_are_no_binary_mask(tmp_path: Path) -> None:

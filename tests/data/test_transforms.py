@@ -2,6 +2,7 @@ import albumentations as A
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from convlora.data.transforms import (
     IMAGENET_MEAN,
@@ -12,6 +13,7 @@ from convlora.data.transforms import (
     eval_transform,
 )
 
+RESIZES = {"square": SquareResize, "longest_side": LongestSideResize}
 SIZES = [(32, 32), (17, 40), (40, 17), (1, 300), (300, 2), (31, 64), (9, 6), (100, 75), (33, 64)]
 
 
@@ -62,3 +64,58 @@ def test_resized_mask_stays_binary_and_centred_on_its_image() -> None:
     assert set(np.unique(out)) == {0, 1}
     # a symmetric mask stays symmetric; OpenCV's plain nearest mode moves it
     assert np.array_equal(out, out[::-1, ::-1])
+
+
+def scale(resize: Resize, image: NDArray[np.uint8]) -> NDArray[np.int64]:
+    out = A.Compose(resize.steps()[:1])(image=image)["image"]
+    assert out.dtype == np.uint8
+    return np.asarray(out, np.int64)
+
+
+@pytest.mark.parametrize("side", [24, 64, 150])
+@pytest.mark.parametrize("size", [*SIZES, (352, 283), (1, 1)])
+@pytest.mark.parametrize("kind", RESIZES.values(), ids=RESIZES)
+def test_images_are_scaled_as_by_pillow(kind: type[SquareResize], size: tuple[int, int], side: int) -> None:
+    resize, image = kind(side), np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    height, width = resize.content(*size)
+    wide = Image.fromarray(image).resize(
+        (width, size[0]), Image.Resampling.BICUBIC
+    )  # the order of the passes
+    error = np.abs(scale(resize, image) - np.asarray(wide.resize((width, height), Image.Resampling.BICUBIC)))
+    assert error.max() <= 2  # each pass rounds
+    assert error.mean() < 0.02
+
+
+@pytest.mark.parametrize("height", [4, 16, 40, 100])
+def test_a_ramp_repeats_no_pixels_where_one_side_grows_and_the_other_shrinks(height: int) -> None:
+    ramp = np.arange(0, 256, 17, dtype=np.uint8)[None, :, None].repeat(height, axis=0).repeat(3, axis=2)
+    for image in (
+        scale(SquareResize(64), ramp),
+        scale(SquareResize(64), ramp.transpose(1, 0, 2)).swapaxes(0, 1),
+    ):
+        assert (np.diff(image[:, 2:-2], axis=1) > 0).all()  # at the ends the kernel overshoots and is cut off
+
+
+@pytest.mark.parametrize("side", [24, 64, 150])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", RESIZES.values(), ids=RESIZES)
+def test_flipped_images_are_scaled_to_flipped_ones(
+    kind: type[SquareResize], size: tuple[int, int], side: int
+) -> None:
+    resize, image = kind(side), np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    for axis in (0, 1):
+        flipped = np.flip(scale(resize, np.flip(image, axis)), axis)
+        np.testing.assert_allclose(flipped, scale(resize, image), atol=1)
+
+
+@pytest.mark.parametrize("side", [37, 64, 90, 150])
+@pytest.mark.parametrize("kind", RESIZES.values(), ids=RESIZES)
+def test_edges_of_image_and_mask_stay_together(kind: type[SquareResize], side: int) -> None:
+    apart = 0
+    for edge in range(30, 61):
+        mask = np.zeros((91, 91), np.uint8)
+        mask[:edge, edge:] = 1
+        image = (mask * np.uint8(255))[..., None].repeat(3, axis=2)
+        out = A.Compose(kind(side).steps()[:1])(image=image, mask=mask)
+        apart += int(((out["image"][..., 0] > 127) != out["mask"]).sum())
+    assert apart <= 3  # corners
