@@ -10,6 +10,7 @@ from segment_anything.modeling import MaskDecoder as SamMaskDecoder
 from torch import Tensor, nn
 
 from convlora.peft.method import Method
+from convlora.sam.checkpoints import mismatches
 from convlora.sam.zoo import Sam
 
 HALF = 128  # of 8-bit probabilities, the least that is at least one half
@@ -123,20 +124,10 @@ class Segmenter(nn.Module):
         Raises:
             ValueError: names or shapes differ: another backbone, method, rank or number of classes.
         """
-        own = self.trainable_state()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        shapes = [
-            f"{name} is {list(state[name].shape)} where {list(own[name].shape)} is expected"
-            for name in sorted(own.keys() & state.keys())
-            if state[name].shape != own[name].shape
-        ]
-        problems = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
-        problems += [f"{len(unknown)} unknown (first {unknown[0]})"] if unknown else []
-        problems += [f"{len(shapes)} of another shape (first {shapes[0]})"] if shapes else []
-        if problems:
+        if problems := mismatches(state, self.trainable_state()):
             raise ValueError(
-                f"the checkpoint's trained tensors do not fit: {', '.join(problems)}; it was made with "
-                "another backbone, method, rank or number of classes: use the settings it was trained with"
+                f"the checkpoint's trained tensors do not fit: {problems}; it was made with another "
+                "backbone, method, rank or number of classes: use the settings it was trained with"
             )
 
 
