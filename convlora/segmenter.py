@@ -1,62 +1,18 @@
 """The prompt-free segmenter: what is trained, predicted with and exported."""
 
 from collections.abc import Mapping
-from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import MaskDecoder as SamMaskDecoder
 from torch import Tensor, nn
 
+from convlora.heads import Head, PerClass
 from convlora.peft.method import Method
+from convlora.sam.checkpoints import mismatches
 from convlora.sam.zoo import Sam
 
 HALF = 128  # of 8-bit probabilities, the least that is at least one half
-
-
-class MaskDecoder(nn.Module):
-    """SAM's mask decoder without prompts: one mask token with its hypernetwork MLP per mask, no IoU head.
-
-    Every mask starts from SAM's token 0, the one for unambiguous prompts.
-
-    Args:
-        decoder: SAM's decoder; its parts are taken over.
-        num_masks: masks to predict.
-    """
-
-    def __init__(self, decoder: SamMaskDecoder, num_masks: int):
-        super().__init__()
-        self.transformer = decoder.transformer
-        self.iou_token = decoder.iou_token  # takes part in the attention between tokens
-        self.mask_tokens = nn.Embedding(
-            num_masks,
-            decoder.transformer_dim,
-            _weight=decoder.mask_tokens.weight.detach()[:1].repeat(num_masks, 1),
-        )
-        self.output_upscaling = decoder.output_upscaling
-        mlp = decoder.output_hypernetworks_mlps[0]
-        self.output_hypernetworks_mlps = nn.ModuleList(deepcopy(mlp) for _ in range(num_masks))
-
-    def forward(self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor) -> Tensor:
-        """Return mask logits [n, num_masks, 4 h, 4 w].
-
-        Args:
-            embeddings: of the images [n, c, h, w].
-            position_encoding: of the grid [1, c, h, w].
-            dense_prompt: the embedding of "no mask" [1, c, h, w].
-        """
-        n, c, h, w = embeddings.shape
-        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(n, -1, -1)
-        tokens, features = self.transformer(
-            embeddings + dense_prompt, position_encoding.expand(n, -1, -1, -1), tokens
-        )
-        features = self.output_upscaling(features.transpose(1, 2).reshape(n, c, h, w))
-        kernels = [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
-        return torch.einsum("nkc,nchw->nkhw", torch.stack(kernels, dim=1), features)
-
-
-HEADS = {"per_class": MaskDecoder}
 
 
 class Segmenter(nn.Module):
@@ -65,34 +21,37 @@ class Segmenter(nn.Module):
     Args:
         sam: the backbone; taken over, not copied.
         method: how the frozen image encoder is adapted.
-        num_masks: masks per image, one for each class, 1 for a binary task.
-        head: how the decoder makes them; `per_class` is `MaskDecoder`.
-
-    Raises:
-        ValueError: no such head.
+        head: how the mask decoder tells classes apart.
+        num_classes: classes that exclude each other; 1 is a foreground.
     """
 
     dense_prompt: Tensor
     position_encoding: Tensor
 
-    def __init__(self, sam: Sam, method: Method, num_masks: int = 1, head: str = "per_class"):
+    def __init__(self, sam: Sam, method: Method, head: Head = PerClass(), num_classes: int = 1):  # noqa: B008
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"model.head={head} must be one of {', '.join(HEADS)}")
         sam.requires_grad_(False)
         self._frozen = [*sam.image_encoder.modules(), *sam.prompt_encoder.modules()]
         self.image_encoder = method.inject(sam.image_encoder)
         self.prompt_encoder = sam.prompt_encoder
-        self.mask_decoder = HEADS[head](sam.mask_decoder, num_masks).requires_grad_(True)
+        self.mask_decoder = head.build(sam.mask_decoder, num_classes).requires_grad_(True)
         _, dense_prompt = self.prompt_encoder(points=None, boxes=None, masks=None)
         self.register_buffer("dense_prompt", dense_prompt.contiguous(), persistent=False)
         self.register_buffer("position_encoding", self.prompt_encoder.get_dense_pe(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return mask logits [n, num_masks, s, s] in float32 for normalised images [n, 3, s, s]."""
+        """Return the logits of normalised images [n, 3, s, s]."""
+        return self.logits(self.outputs(images))
+
+    def outputs(self, images: Tensor) -> Any:
+        """Return what the head's loss is a function of; a tensor if that is the logits."""
         embeddings = self.image_encoder(images)
-        logits = self.mask_decoder(embeddings, self.position_encoding, self.dense_prompt)
-        return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False)
+        size = images.shape[2], images.shape[3]
+        return self.mask_decoder.outputs(embeddings, self.position_encoding, self.dense_prompt, size)
+
+    def logits(self, outputs: Any) -> Tensor:
+        """Return the logits [n, num_classes, s, s], in float32, that outputs amount to."""
+        return self.mask_decoder.logits(outputs).float()
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Switch what is trained; the frozen modules stay in evaluation mode (statistics, dropout)."""
@@ -123,20 +82,10 @@ class Segmenter(nn.Module):
         Raises:
             ValueError: names or shapes differ: another backbone, method, rank or number of classes.
         """
-        own = self.trainable_state()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        shapes = [
-            f"{name} is {list(state[name].shape)} where {list(own[name].shape)} is expected"
-            for name in sorted(own.keys() & state.keys())
-            if state[name].shape != own[name].shape
-        ]
-        problems = [f"{len(missing)} missing (first {missing[0]})"] if missing else []
-        problems += [f"{len(unknown)} unknown (first {unknown[0]})"] if unknown else []
-        problems += [f"{len(shapes)} of another shape (first {shapes[0]})"] if shapes else []
-        if problems:
+        if problems := mismatches(state, self.trainable_state()):
             raise ValueError(
-                f"the checkpoint's trained tensors do not fit: {', '.join(problems)}; it was made with "
-                "another backbone, method, rank or number of classes: use the settings it was trained with"
+                f"the checkpoint's trained tensors do not fit: {problems}; it was made with another "
+                "backbone, method, rank or number of classes: use the settings it was trained with"
             )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import from_conf
 from literal import as_released
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, TwoWayTransformer
+from segment_anything.modeling import ImageEncoderViT
 
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA
@@ -48,35 +48,6 @@ def test_trainable_count_has_its_closed_form(
     assert count(model, ConvLoRA(rank=rank, num_experts=experts)) == decoder + low_rank + mixture
 
 
-def test_decoder_equals_segment_anything_with_one_mask_token(tiny: SamViT) -> None:
-    """Batched, it gives what segment-anything's decoder gives image by image, once that has token 0 alone."""
-    torch.manual_seed(0)
-    sam = tiny.build()
-    transformer = TwoWayTransformer(depth=2, embedding_dim=32, mlp_dim=32, num_heads=8)
-    reference = MaskDecoder(transformer_dim=32, transformer=transformer, num_multimask_outputs=0)
-    state = {
-        key: value for key, value in sam.mask_decoder.state_dict().items() if "iou_prediction" not in key
-    }
-    state["mask_tokens.weight"] = state["mask_tokens.weight"][:1]
-    own = reference.state_dict()
-    reference.load_state_dict(own | {key: value for key, value in state.items() if key in own})
-    images = torch.randn(3, 3, 32, 32)
-    sparse, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
-    position = sam.prompt_encoder.get_dense_pe()
-    masks = [reference(sam.image_encoder(image[None]), position, sparse, dense, False)[0] for image in images]
-    expected = torch.nn.functional.interpolate(torch.cat(masks), (32, 32), mode="bilinear")
-    torch.testing.assert_close(Segmenter(sam, DecoderOnly())(images), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_every_mask_starts_from_token_0(tiny: SamViT) -> None:
-    segmenter = Segmenter(tiny.build(), DecoderOnly(), num_masks=3)
-    logits = segmenter(torch.randn(2, 3, 32, 32))
-    assert logits.shape[1] == 3
-    torch.testing.assert_close(logits[:, 1:], logits[:, :1].expand(-1, 2, -1, -1))
-    mlps = segmenter.mask_decoder.output_hypernetworks_mlps
-    assert mlps[0].layers[0].weight is not mlps[1].layers[0].weight
-
-
 def test_frozen_modules_stay_in_evaluation_mode(tiny: SamViT) -> None:
     sam = tiny.build()
     frozen = [module for module in sam.image_encoder.modules() if not isinstance(module, ImageEncoderViT)]
@@ -105,17 +76,19 @@ def test_trainable_state_carries_a_segmenter_over(tiny: SamViT) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "masks", "message"),
+    ("other", "num_classes", "message"),
     [
         (LoRA(), 1, r"unknown \(first image_encoder.blocks.0.attn.qkv.experts.bias\)"),
         (ConvLoRA(rank=4), 1, r"of another shape \(first .* is \[8, 3\] where \[8, 4\] is expected\)"),
         (ConvLoRA(), 2, r"missing \(first mask_decoder.output_hypernetworks_mlps.1.layers.0.bias\)"),
     ],
 )
-def test_state_of_another_setting_is_refused(tiny: SamViT, other: Method, masks: int, message: str) -> None:
+def test_state_of_another_setting_is_refused(
+    tiny: SamViT, other: Method, num_classes: int, message: str
+) -> None:
     state = Segmenter(tiny.build(), ConvLoRA()).trainable_state()
     with pytest.raises(ValueError, match=message):
-        Segmenter(tiny.build(), other, masks).load_trainable_state(state)
+        Segmenter(tiny.build(), other, num_classes=num_classes).load_trainable_state(state)
 
 
 def test_state_of_another_backbone_is_refused(tiny: SamViT) -> None:
@@ -146,33 +119,6 @@ def test_of_several_classes_the_likeliest_is_found_with_its_probability() -> Non
     assert found.classes.tolist() == [[2, 0]]
     expected = (torch.softmax(logits, 0).amax(0) * 255).round().to(torch.uint8)
     assert torch.equal(found.prob, expected)
-
-
-def test_each_class_starts_from_the_token_for_unambiguous_prompts(tiny: SamViT) -> None:
-    sam = tiny.build()
-    token = sam.mask_decoder.mask_tokens.weight[0].clone()
-    segmenter = Segmenter(sam, DecoderOnly(), num_masks=5).eval()
-    assert all(torch.equal(row, token) for row in segmenter.mask_decoder.mask_tokens.weight)
-    logits = segmenter(torch.randn(2, 3, 32, 32))
-    assert logits.shape == (2, 5, 32, 32)
-    torch.testing.assert_close(logits, logits[:, :1].expand_as(logits))
-
-
-def test_classes_part_after_one_step(tiny: SamViT) -> None:
-    torch.manual_seed(0)
-    segmenter = Segmenter(tiny.build(), DecoderOnly(), num_masks=3)
-    images, ids = torch.randn(1, 3, 32, 32), torch.randint(0, 3, (1, 32, 32))
-    optimizer = torch.optim.SGD(segmenter.mask_decoder.parameters(), lr=0.1)
-    torch.nn.functional.cross_entropy(segmenter(images), ids).backward()
-    assert all(p.grad is not None for p in segmenter.mask_decoder.output_hypernetworks_mlps.parameters())
-    optimizer.step()
-    logits = segmenter(images)
-    assert (logits[:, 0] - logits[:, 1]).abs().max() > 1e-4
-
-
-def test_unknown_head_is_refused(tiny: SamViT) -> None:
-    with pytest.raises(ValueError, match=r"model\.head=query must be one of per_class"):
-        Segmenter(tiny.build(), DecoderOnly(), head="query")
 
 
 @pytest.mark.slow

@@ -83,7 +83,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor
     """
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         return tiled_attention(q, k, v, row_table, col_table)
-    return folded_attention(q, k, v, row_table, col_table)
+    padding = flash_padding(q.shape[-1] + len(row_table) + len(col_table), compute_capability(q.device))
+    return folded_attention(q, k, v, row_table, col_table, padding)
+
+
+def flash_padding(width: int, capability: tuple[int, int]) -> int:
+    """Return how many columns a head needs besides its own so that flash attention has a backward pass.
+
+    The consumer GPUs of the compute capabilities 8.6 to 8.9 and 12.x have too little shared memory for that
+    of widths 193 to 224; the next multiple of 8 takes another kernel. ViT-H's at 1024 pixels is 208.
+    """
+    refused = (8, 6) <= capability <= (8, 9) or capability[0] == 12
+    return 232 - width if refused and 192 < width <= 224 else 0
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a GPU, of other devices (0, 0)."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def relative_scores(q: Tensor, row_table: Tensor, col_table: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,18 +108,21 @@ def relative_scores(q: Tensor, row_table: Tensor, col_table: Tensor) -> tuple[Te
     return torch.einsum("nywc,yhc->nywh", q, row_table), torch.einsum("nywc,wxc->nywx", q, col_table)
 
 
-def folded_attention(q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
+def folded_attention(
+    q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor, padding: int = 0
+) -> Tensor:
     """Compute `attend` by a fused kernel, with one product for all three terms.
 
-    [scale q, rel_h, rel_w] . [k, onehot(y'), onehot(x')] is the score. The values are padded to the same
-    width, which flash kernels demand.
+    [scale q, rel_h, rel_w] . [k, onehot(y'), onehot(x')] is the score; `padding` zeros follow on both sides.
+    The values are padded to the same width, which flash kernels demand.
     """
     n, h, w, d = q.shape
     rel_h, rel_w = relative_scores(q, row_table, col_table)
     position = [t.to(k.dtype).expand(n, -1, -1, -1) for t in position_of_keys(h, w, k.device)]
-    q = torch.cat([q * d**-0.5, rel_h, rel_w], dim=-1).flatten(1, 2)
-    k = torch.cat([k, *position], dim=-1).flatten(1, 2)
-    v = F.pad(v, (0, h + w)).flatten(1, 2)
+    zeros = k.new_zeros(n, h, w, padding)
+    q = torch.cat([q * d**-0.5, rel_h, rel_w, zeros], dim=-1).flatten(1, 2)
+    k = torch.cat([k, *position, zeros], dim=-1).flatten(1, 2)
+    v = F.pad(v, (0, h + w + padding)).flatten(1, 2)
     attended = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)
     return attended[0, ..., :d].unflatten(1, (h, w))  # type: ignore[no-untyped-call, no-any-return]
 

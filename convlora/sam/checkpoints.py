@@ -4,6 +4,7 @@ import hashlib
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -58,19 +59,26 @@ def check_fit(name: str, path: Path, state: dict[str, Tensor], expected: dict[st
     Raises:
         ValueError: they differ, so the file is of another model.
     """
-    missing = sorted(expected.keys() - state.keys())
-    unknown = sorted(state.keys() - expected.keys())
-    shapes = [key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape]
-    problems = [
-        f"{len(keys)} {what} (first {keys[0]})"
-        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", sorted(shapes)))
-        if keys
-    ]
-    if problems:
+    if problems := mismatches(state, expected):
         raise ValueError(
-            f"{name}: {path} holds another model; of {len(expected)} tensors, {', '.join(problems)}. "
+            f"{name}: {path} holds another model; of {len(expected)} tensors, {problems}. "
             "Take the checkpoint of this backbone, or the model= that the file belongs to"
         )
+
+
+def mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Return how names and shapes differ, with the first of each kind; nothing where they do not."""
+    reshaped = {
+        f"{name} is {list(found[name].shape)} where {list(expected[name].shape)} is expected"
+        for name in found.keys() & expected.keys()
+        if found[name].shape != expected[name].shape
+    }
+    kinds = {
+        "missing": expected.keys() - found.keys(),
+        "unknown": found.keys() - expected.keys(),
+        "of another shape": reshaped,
+    }
+    return ", ".join(f"{len(those)} {kind} (first {min(those)})" for kind, those in kinds.items() if those)
 
 
 def _is_zip(path: Path) -> bool:

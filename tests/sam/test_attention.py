@@ -1,13 +1,23 @@
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from conftest import from_conf
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from convlora.sam import attention as ours
-from convlora.sam.attention import RelPosAttention, folded_attention, offset_table, tiled_attention
+from convlora.sam.attention import (
+    RelPosAttention,
+    flash_padding,
+    folded_attention,
+    offset_table,
+    tiled_attention,
+)
 from convlora.sam.zoo import SamViT
 
 SIZES = [(7, 7), (5, 9), (1, 4)]
@@ -30,7 +40,7 @@ def run(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, [x, module.qkv.weight], cotangent)]
 
 
-@pytest.mark.parametrize("attend", [tiled_attention, folded_attention])
+@pytest.mark.parametrize("attend", [tiled_attention, folded_attention, partial(folded_attention, padding=5)])
 @pytest.mark.parametrize("size", SIZES)
 def test_attention_equals_segment_anything(
     size: tuple[int, int], attend: object, monkeypatch: pytest.MonkeyPatch
@@ -40,6 +50,39 @@ def test_attention_equals_segment_anything(
     x = torch.randn(4, *size, 24)
     for found, expected in zip(run(RelPosAttention(theirs), x), run(theirs, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_widths_without_a_flash_backward_pass_are_padded_where_it_is_missing() -> None:
+    """PyTorch refuses 193 to 224 on 8.6 to 8.9 and on 12.x; ViT-H at 1024 px has 80 + 64 + 64."""
+    for capability in [(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)]:
+        assert [flash_padding(width, capability) for width in (192, 200, 208, 224, 232)] == [0, 32, 24, 8, 0]
+    for capability in [(0, 0), (7, 5), (8, 0), (9, 0), (10, 0), (11, 0)]:
+        assert not any(flash_padding(width, capability) for width in range(257))
+
+
+def test_attention_on_a_consumer_gpu_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without storage stand for a GPU's."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(ours, "_position_of_keys", ours._position_of_keys.__wrapped__)  # nothing is kept
+    widths = []
+
+    class Widths(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is nn.functional.scaled_dot_product_attention:
+                widths.extend(tensor.shape[-1] for tensor in args)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Widths():
+        q, table = torch.empty(1, 64, 64, 80, device="cuda"), torch.empty(64, 64, 80, device="cuda")
+        assert ours.attend(q, q, q, table, table).shape == q.shape
+    assert widths == [232, 232, 232]
+
+
+def test_second_derivatives_are_right() -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 3, 2, 3)] * 3 + [(3, 3, 3), (2, 2, 3)]
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradgradcheck(tiled_attention, inputs)
 
 
 def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
