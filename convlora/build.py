@@ -24,6 +24,7 @@ from pydantic import (
 )
 from torch import nn
 
+from convlora.callbacks import ProgressBar
 from convlora.data.module import SegmentationDataModule
 from convlora.metrics.scores import Scores
 from convlora.sam.zoo import Backbone, load_backbone
@@ -182,6 +183,7 @@ def make_trainer(config: Config, callbacks: Sequence[Callback], **given: Any) ->
         callbacks=list(callbacks),
         use_distributed_sampler=False,
         enable_model_summary=False,
+        enable_progress_bar=any(isinstance(each, ProgressBar) for each in callbacks),
         **given,
     )
     return trainer
@@ -197,7 +199,8 @@ def missing_devices(config: Config) -> str | None:
     if there == 0 and (accelerator != "auto" or wanted > 1) and not torch.backends.mps.is_available():
         return (
             f"trainer.devices={devices}, but this machine has 0 GPUs; trainer.devices=1 with "
-            f"trainer.accelerator=auto trains on its CPU, trainer.accelerator=cpu in {max(wanted, 1)} processes on it"
+            f"trainer.accelerator=auto trains on its CPU, trainer.accelerator=cpu in {max(wanted, 1)} "
+            "processes on it"
         )
     if 0 < there < wanted:
         return f"trainer.devices={devices}, but this machine has {there} GPUs; set trainer.devices={there}"
@@ -301,7 +304,7 @@ def check_keys(section: str, target: Callable[..., Any], config: Mapping[str, An
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return get_type_hints(target.__init__ if isinstance(target, type) else target)
+        return get_type_hints(vars(target).get("__init__", target) if isinstance(target, type) else target)
     except (NameError, TypeError):  # hints that only a type checker can read
         return {}
 

@@ -46,7 +46,7 @@ def finish_wandb() -> None:
 
 
 def make_progress(enabled: bool) -> Callback:
-    """Return a progress bar in a terminal, and elsewhere, or where it is not wanted, a line for each epoch."""
+    """Return a progress bar in a terminal; elsewhere, or where it is not wanted, a line for each epoch."""
     return ProgressBar() if enabled and sys.stdout.isatty() else EpochLines()
 
 

@@ -92,7 +92,7 @@ def command(
 
 def given_overrides() -> list[str]:
     """Return the arguments of this job that set a value or choose a file, as a user writes them."""
-    options = [f"--config-dir={os.path.abspath(path)}" for path in _config_dirs(sys.argv[1:])]
+    options = [f"--config-dir={Path(path).resolve()}" for path in _config_dirs(sys.argv[1:])]
     return [*options, *(override.lstrip("+") for override in HydraConfig.get().overrides.task)]
 
 

@@ -100,6 +100,11 @@ def _outline(picture: Picture, found: NDArray[np.bool_], color: Color) -> None:
     cv2.drawContours(picture, contours, -1, tuple(map(int, color)), width)
 
 
+def side_by_side(row: Row, colors: Mapping[str, Color]) -> Picture:
+    """Return the image, the truth and the prediction of one sample beside each other."""
+    return np.concatenate([row.image, paint(row.mask, colors), paint(row.classes, colors)], axis=1)
+
+
 def shrink(picture: Picture, side: int) -> Picture:
     """Return an image or a mask with its longest side at most `side`, by the nearest pixels."""
     height, width = picture.shape[:2]

@@ -19,7 +19,7 @@ from convlora.adapter import load
 from convlora.build import Config
 from convlora.cli import command
 from convlora.data.images import list_images, read_image
-from convlora.inference import Found, Predictor
+from convlora.inference import Found
 
 
 @dataclass(frozen=True)

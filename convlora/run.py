@@ -1,4 +1,4 @@
-"""The run folder: one process at a time, checkpoints, what a resumed run must agree in, records and tables."""
+"""The run folder: held by one process, with its checkpoints, its record and its tables."""
 
 import csv
 import fcntl
@@ -169,6 +169,7 @@ def check_same_settings(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested keys as `peft.rank`, the form that dashboards group and filter by."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

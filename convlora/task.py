@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from convlora import IGNORED
 from convlora.data.module import Batch
 from convlora.metrics.scores import Scores
 from convlora.peft.method import aux_loss
@@ -24,7 +26,7 @@ class SegmentationTask(LightningModule):
 
     Args:
         segmenter: the model.
-        loss: of logits [n, c, h, w] against class ids [n, 1, h, w].
+        loss: of the head's outputs against class ids [n, 1, h, w].
         scores: fed one image at a time.
         optimizer: makes the optimiser from groups of parameters.
         metadata: what an adapter file says of itself, kept in every Lightning checkpoint.
@@ -77,18 +79,21 @@ class SegmentationTask(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the segmentation loss plus the adapters' auxiliary loss."""
-        logits = self.segmenter(batch.images)
-        loss: Tensor = self.loss(logits, torch.stack(list(batch.masks))[:, None])
+        loss: Tensor = self.loss(
+            self.segmenter.outputs(batch.images), torch.stack(list(batch.masks))[:, None]
+        )
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
-        self.log("train/lr", lr, batch_size=len(logits))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
+        self.log("train/lr", lr, batch_size=len(batch.images))
         aux = aux_loss(self.segmenter)
         if aux is not None:
-            self.log("train/aux_loss", aux, batch_size=len(logits))
+            self.log("train/aux_loss", aux, batch_size=len(batch.images))
             loss = loss + aux
         where = f"step {self.global_step} (epoch {self.current_epoch + 1}, learning rate {lr:.3g}, "
         where += f"precision {self.trainer.precision}, images {', '.join(batch.names)})"
-        self._watched = (self.all_gather(torch.isfinite(loss.detach())).all(), where)
+        everywhere = self.all_gather(torch.isfinite(loss.detach()).float())
+        assert isinstance(everywhere, Tensor)
+        self._watched = (everywhere.min(), where)
         return loss
 
     def _refuse_infinite(self) -> None:
@@ -165,10 +170,15 @@ class SegmentationTask(LightningModule):
     def _score(self, stage: str, batch: Batch) -> dict[str, dict[str, float]]:
         scores, mean_loss = self._metrics(stage)
         rows = {}
-        logits = self.segmenter(batch.images)
+        outputs = self.segmenter.outputs(batch.images)
+        logits = self.segmenter.logits(outputs)
+        at_native_size = isinstance(outputs, Tensor)  # the logits, which can be brought to any size
+        if not at_native_size:
+            mean_loss.update(self.loss(outputs, at_network_size(batch)), weight=len(batch.images))
         for name, mask, content, logit in zip(batch.names, batch.masks, batch.contents, logits, strict=True):
             native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
-            mean_loss.update(self.loss(native[None], mask[None, None]))
+            if at_native_size:
+                mean_loss.update(self.loss(native[None], mask[None, None]))
             found = to_prediction(native)
             values = scores(found.classes.cpu(), found.prob.cpu(), mask.cpu())
             rows[name] = {key: values[key].item() for key in scores.names}
@@ -200,6 +210,14 @@ class SegmentationTask(LightningModule):
         return self.scores_of(stage), mean_loss
 
 
+def at_network_size(batch: Batch) -> Tensor:
+    """Return masks [n, 1, s, s] of a batch whose masks have the images' own sizes; padding is ignored."""
+    masks = batch.images.new_full((len(batch.images), 1, *batch.images.shape[2:]), IGNORED, dtype=torch.uint8)
+    for whole, mask, (height, width) in zip(masks, batch.masks, batch.contents, strict=True):
+        whole[:, :height, :width] = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0]
+    return masks
+
+
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Return the trainable parameters as two groups: biases and norms, as released, take no weight decay."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -225,5 +243,6 @@ def check_agreement(kind: str, found: Mapping[str, str], expected: Mapping[str, 
     for key, value in expected.items():
         if found.get(key) != value:
             raise ValueError(
-                f"the {kind} was trained on {key} {found.get(key, 'unknown')}, but here it is {value}; {way_out}"
+                f"the {kind} was trained on {key} {found.get(key, 'unknown')}, but here it is {value}; "
+                f"{way_out}"
             )

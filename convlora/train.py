@@ -163,12 +163,12 @@ def announce(config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer |
     best = parts.callbacks["best"]
     settings = config.trainer
     devices, accumulation = count_devices(settings, trainer), settings["accumulate_grad_batches"]
-    size = config.loading["batch_size"]
+    size, trainable = config.loading["batch_size"], run.count(parts.outline, trainable=True)
     lines = {
         "data": describe_images(data, data.splits),
         "also tested on": "; ".join(describe_images(test, ("test",)) for test in parts.tests[1:]),
         "model": f"{backbone.name} at {backbone.image_size} px, {backbone.weights_source()}",
-        "parameters": f"{run.count(parts.outline, trainable=True):,} trainable of {run.count(parts.outline):,}",
+        "parameters": f"{trainable:,} trainable of {run.count(parts.outline):,}",
         "method": spell(config.peft),
         "head": spell(config.head),
         "loss": spell(config.loss),
@@ -180,8 +180,8 @@ def announce(config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer |
         "devices": f"{devices}, accelerator {settings['accelerator']}"
         if trainer is None
         else devices_of(trainer),
-        "batch": f"{size * devices * accumulation} = {size} per device x {devices} device{'s' * (devices > 1)} "
-        f"x {accumulation} accumulated",
+        "batch": f"{size * devices * accumulation} = {size} per device x {devices} "
+        f"device{'s' * (devices > 1)} x {accumulation} accumulated",
         "run folder": str(folder),
         "": backbone.padding_advice() or "",
     }

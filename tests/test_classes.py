@@ -23,7 +23,7 @@ CLASSES = (
     "dataset.ignore_index=[1,2,3]",
     "loss=cross_entropy_dice",
     "metrics=multiclass",
-    "dataset.num_workers=0",
+    "loading.num_workers=0",
     "trainer.accelerator=cpu",
     "trainer.enable_progress_bar=false",
 )
@@ -51,7 +51,7 @@ def mine(cli: Commands, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(cli: Commands, mine: Path) -> Path:
-    options = ("dataset.batch_size=2", "optimizer.lr=1e-2", "trainer.max_epochs=15", "logger=wandb")
+    options = ("loading.batch_size=2", "optimizer.lr=1e-2", "trainer.max_epochs=15", "logger=wandb")
     done = cli(train, *DATA, *CLASSES, *MODEL, *options, "run_dir=run")
     assert done.code == 0, done.err
     assert "iou_sand" in done.out
@@ -104,7 +104,7 @@ def test_two_ranks_score_several_classes_as_one_does(run: Path) -> None:
             f"checkpoint={run}/adapter.safetensors",
             *DATA,
             *CLASSES,
-            "dataset.batch_size=1",  # sums of floats depend on what else is in a batch
+            "loading.batch_size=1",  # sums of floats depend on what else is in a batch
             f"trainer.devices={devices}",
             "trainer.strategy=ddp",
             f"output={name}",

@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL, Commands
 from convlora import evaluate, predict, train
 from convlora.data.sets.synthetic import draw_scene
 
-TEST_SET = ("dataset=synthetic", "dataset.size=48", "dataset.test_size=5", "dataset.num_workers=0")
+TEST_SET = ("dataset=synthetic", "dataset.size=48", "dataset.test_size=5", "loading.num_workers=0")
 QUIET = ("trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
 
 
@@ -40,7 +40,7 @@ def test_adapter_reproduces_its_scores_in_a_new_process(run: Path) -> None:
 
 def test_means_are_those_of_the_image_table(cli: Commands, run: Path) -> None:
     done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "output=out",
-               "dataset.batch_size=2")  # fmt: skip
+               "loading.batch_size=2")  # fmt: skip
     assert done.code == 0, done.err
     with Path("out/images.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -76,7 +76,7 @@ def test_written_masks_score_the_same_by_pysodmetrics(cli: Commands, run: Path, 
         mask[8:30, 10:35] = 255
         cv2.imwrite(f"mine/masks/{i}.png", mask)
     checkpoint = f"checkpoint={run}/adapter.safetensors"
-    folder = ("dataset=folder", "data_root=mine", "dataset.num_workers=0")
+    folder = ("dataset=folder", "data_root=mine", "loading.num_workers=0")
     assert cli(evaluate, checkpoint, *folder, *QUIET, "output=out").code == 0
     done = cli(
         predict, checkpoint, "input=mine/images", "output=found", "probabilities=true", "num_workers=0"
@@ -130,8 +130,8 @@ def test_several_test_sets_have_a_row_each(cli: Commands, run: Path) -> None:
     plant_test_set(Path("sets/TestDataset/NC4K"), 3)
     plant_test_set(Path("sets/TestDataset/COD10K"), 2)
     checkpoint = f"checkpoint={run}/adapter.safetensors"
-    common = ("data_root=sets", "dataset.num_workers=0", *QUIET)
-    done = cli(evaluate, checkpoint, "dataset=nc4k", "test_sets=[cod10k]", "dataset.batch_size=2", *common,
+    common = ("data_root=sets", "loading.num_workers=0", *QUIET)
+    done = cli(evaluate, checkpoint, "dataset=nc4k", "test_sets=[cod10k]", "loading.batch_size=2", *common,
                "output=both")  # fmt: skip
     assert done.code == 0, done.err
     assert cli(evaluate, checkpoint, "dataset=cod10k", *common, "output=alone").code == 0
@@ -159,7 +159,7 @@ def test_further_test_sets_are_read_with_the_first_ones_threshold(cli: Commands,
             mask = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
             cv2.imwrite(str(file), np.where(mask > 0, 200, 40).astype(np.uint8))
     sets = ("dataset=nc4k", "test_sets=[cod10k]", "data_root=sets", "dataset.threshold=127")
-    done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", *sets, *QUIET, "dataset.num_workers=0")
+    done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", *sets, *QUIET, "loading.num_workers=0")
     assert done.code == 0, done.err
     assert "cod10k, test" in done.out
 

@@ -78,7 +78,7 @@ def test_checkpoints_hold_no_frozen_tensor(cli: Commands) -> None:
 
 def test_same_seed_same_weights(cli: Commands) -> None:
     for run, seed, workers in (("a", 1, 0), ("b", 1, 2), ("c", 2, 0)):
-        done = cli(train, *QUIET, f"run_dir={run}", f"seed={seed}", f"dataset.num_workers={workers}")
+        done = cli(train, *QUIET, f"run_dir={run}", f"seed={seed}", f"loading.num_workers={workers}")
         assert done.code == 0, done.err
     assert same(weights("a"), weights("b"))
     assert not same(weights("a"), weights("c"))
@@ -207,9 +207,9 @@ def test_experiment_file_in_the_wrong_package_is_refused(cli: Commands, tmp_path
 
 
 def test_a_score_that_does_not_exist_cannot_be_watched(cli: Commands) -> None:
-    done = cli(train, *QUIET, "run_dir=run", "early_stopping.monitor=val/nonsense")
+    done = cli(train, *QUIET, "run_dir=run", "callbacks.early_stopping.monitor=val/nonsense")
     assert done.code == 1
-    assert "early_stopping.monitor=val/nonsense is not one of val/loss, val/dice" in done.err
+    assert "callbacks.early_stopping.monitor=val/nonsense is not one of val/loss, val/dice" in done.err
 
 
 def make_folder(grey_in: str) -> None:
@@ -231,7 +231,7 @@ OWN_FOLDER = (
 
 def test_a_bad_mask_is_one_line_even_from_a_loader_process(cli: Commands) -> None:
     make_folder(grey_in="train")
-    done = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "dataset.num_workers=1")
+    done = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "loading.num_workers=1")
     assert done.code == 1
     last = done.err.splitlines()[-1]
     assert last.startswith("error: mine/train/masks/")
@@ -241,10 +241,10 @@ def test_a_bad_mask_is_one_line_even_from_a_loader_process(cli: Commands) -> Non
 
 def test_a_bad_test_image_does_not_cost_the_training(cli: Commands) -> None:
     make_folder(grey_in="test")
-    done = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "dataset.num_workers=0")
+    done = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "loading.num_workers=0")
     assert done.code == 1
     assert Path("run/adapter.safetensors").is_file()
-    resumed = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "dataset.num_workers=0",
+    resumed = cli(train, *OWN_FOLDER, "run_dir=run", "trainer.max_epochs=1", "loading.num_workers=0",
                   "ckpt_path=last", "dataset.threshold=50")  # fmt: skip
     assert resumed.code == 0, resumed.err
     assert Path("run/summary.json").is_file()
@@ -255,8 +255,8 @@ def test_resuming_a_run_that_stopped_early_trains_no_further(cli: Commands) -> N
         *QUIET,
         "run_dir=run",
         "trainer.max_epochs=9",
-        "early_stopping.patience=1",
-        "+early_stopping.min_delta=1",
+        "callbacks.early_stopping.patience=1",
+        "+callbacks.early_stopping.min_delta=1",
     )
     assert cli(train, *job).code == 0
     before = weights("run")
@@ -316,8 +316,8 @@ def test_sweep_logs_every_job(cli: Commands) -> None:
 
 
 def test_early_stopping_keeps_the_best_epoch(cli: Commands) -> None:
-    done = cli(train, *QUIET, "run_dir=run", "trainer.max_epochs=9", "early_stopping.patience=1",
-               "+early_stopping.min_delta=1")  # fmt: skip
+    done = cli(train, *QUIET, "run_dir=run", "trainer.max_epochs=9", "callbacks.early_stopping.patience=1",
+               "+callbacks.early_stopping.min_delta=1")  # fmt: skip
     assert done.code == 0, done.err
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["epochs"] == 2

@@ -25,7 +25,7 @@ class Loading:
         ValueError: a number is too small.
     """
 
-    resize: Resize = SquareResize(1024)
+    resize: Resize = field(default_factory=lambda: SquareResize(1024))
     augment: A.Compose = field(default_factory=lambda: A.Compose([]))
     batch_size: int = 4
     num_workers: int = 2

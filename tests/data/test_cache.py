@@ -150,17 +150,17 @@ def test_damaged_store_is_made_anew(root: Path, tmp_path: Path) -> None:
 def test_too_little_room_is_named(root: Path) -> None:
     pairs = [Pair(root / f"{i}.png", root / f"{i}_mask.png") for i in range(COUNT)]
     masks = Masks(["object"])
-    with pytest.raises(OSError, match=r"needs \d+.\d GiB for 7 images, .* GiB left; .* dataset.cache=FOLDER"):
+    with pytest.raises(OSError, match=r"needs \d+.\d GiB for 7 images, .* GiB left; .* loading.cache=FOLDER"):
         CachedRead(pairs, partial(read_pair, masks=masks), SquareResize(2**22), "ram", masks)
 
 
 def test_folder_that_cannot_be_made_is_named(root: Path) -> None:
     with pytest.raises(
-        OSError, match=r"dataset.cache=.*0.png/cache cannot be used .*; choose another folder"
+        OSError, match=r"loading.cache=.*0.png/cache cannot be used .*; choose another folder"
     ):
         noise(root, str(root / "0.png" / "cache"), SquareResize(32), FLIP).train_dataloader()
 
 
 def test_empty_cache_is_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"dataset.cache is empty"):
+    with pytest.raises(ValueError, match=r"loading.cache is empty"):
         noise(root, "", SquareResize(32), FLIP).train_dataloader()

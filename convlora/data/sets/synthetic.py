@@ -49,7 +49,8 @@ class Synthetic(SegmentationDataModule):
         super().__post_init__()
         if self.loading.cache not in (None, "ram"):
             raise ValueError(
-                f"{self.name}: loading.cache={self.loading.cache} is for files, but scenes are drawn; set ram or null"
+                f"{self.name}: loading.cache={self.loading.cache} is for files, but scenes are drawn; "
+                "set ram or null"
             )
 
     def pairs(self, split: Split) -> list[Pair]:
