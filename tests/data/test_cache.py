@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from convlora.data.cache import CachedRead
+from convlora.data.loading import Loading
 from convlora.data.masks import Masks
 from convlora.data.module import Batch, Pair, SegmentationDataModule, Split
 from convlora.data.samples import read_pair
@@ -49,11 +50,7 @@ def noise(root: Path, cache: str | None, resize: Resize, augment: A.Compose, num
         name="noise",
         root=root,
         class_names=["object"],
-        resize=resize,
-        augment=augment,
-        batch_size=3,
-        num_workers=num_workers,
-        cache=cache,
+        loading=Loading(resize, augment, batch_size=3, num_workers=num_workers, cache=cache),
     )
 
 

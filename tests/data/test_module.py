@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from lightning import LightningModule, Trainer
 from PIL import Image
 
 from convlora.data.listing import csv_pairs
+from convlora.data.loading import Loading
 from convlora.data.module import Batch, Pair, SegmentationDataModule, Split
 from convlora.data.samples import EpochSampler
 from convlora.data.transforms import LongestSideResize, Resize, SquareResize
@@ -42,10 +44,7 @@ def quadrants(
         name="quadrants",
         root=root,
         class_names=["top_left"],
-        resize=resize,
-        augment=augment,
-        num_workers=num_workers,
-        seed=3,
+        loading=Loading(resize, augment, num_workers=num_workers, seed=3),
     )
 
 
@@ -116,7 +115,7 @@ def test_evaluation_keeps_each_mask_as_the_file_has_it(root: Path) -> None:
             for name, mask, content in zip(batch.names, batch.masks, batch.contents, strict=True):
                 file = np.asarray(Image.open(root / name.replace(".png", "_mask.png")))
                 assert np.array_equal(mask.numpy(), file // 255)
-                assert content == data.resize.content(*file.shape)
+                assert content == data.loading.resize.content(*file.shape)
 
 
 def test_batch_equals_what_the_loader_gives(root: Path) -> None:
@@ -209,7 +208,9 @@ def test_sizes_that_differ_are_told_with_both_files(root: Path) -> None:
     with pytest.raises(ValueError, match=message):
         data.read(data.pairs("val")[0])
     workers = quadrants(root, num_workers=1)
-    workers.batch_size = SIZE  # one batch: torch is slow to stop workers whose batches nobody took
+    workers.loading = replace(
+        workers.loading, batch_size=SIZE
+    )  # one batch: torch is slow to stop workers whose batches nobody took
     with pytest.raises(ValueError, match=message):
         list(workers.val_dataloader())
 

@@ -11,24 +11,25 @@ from conftest import ROOT
 from PIL import Image
 
 from convlora.build import make
+from convlora.data.loading import Loading
 from convlora.data.module import SPLITS, SegmentationDataModule, Source
+from convlora.data.transforms import SquareResize
 
 NAMES = sorted(path.stem for path in (ROOT / "conf/dataset").glob("*.yaml"))
 SIZES = {"train": 5, "val": 2, "test": 3}
-RESIZE = {"_target_": "convlora.data.transforms.SquareResize", "image_size": 16}
-STILL = {"_target_": "albumentations.Compose", "transforms": []}
 Draw = Callable[[int], np.ndarray]  # type: ignore[type-arg]
 
 
 def config(name: str, data_root: Path) -> dict:  # type: ignore[type-arg]
     text = (ROOT / f"conf/dataset/{name}.yaml").read_text().replace("${data_root}", str(data_root))
-    own = {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}
-    return {**own, "resize": RESIZE, "augment": STILL, "num_workers": 0}
+    return {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}
 
 
-def build(name: str, data_root: Path, **changes: object) -> SegmentationDataModule:
-    given = config(name, data_root) | changes
-    data: SegmentationDataModule = make(f"dataset={name}", given)
+def build(
+    name: str, data_root: Path, shots: int | None = None, seed: int = 0, **changes: object
+) -> SegmentationDataModule:
+    loading = Loading(SquareResize(16), num_workers=0, shots=shots, seed=seed)
+    data: SegmentationDataModule = make(f"dataset={name}", config(name, data_root) | changes, loading=loading)
     return data
 
 
@@ -141,7 +142,7 @@ def test_data_set_loads_from_its_real_layout(name: str, tmp_path: Path) -> None:
     batch = data.batch("test", range(3))
     assert batch.images.shape == (3, 3, 16, 16)
     if "train" in data.splits:
-        assert len(next(iter(data.train_dataloader())).masks) == min(data.batch_size, SIZES["train"])
+        assert len(next(iter(data.train_dataloader())).masks) == min(data.loading.batch_size, SIZES["train"])
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("folder", "synthetic")])
@@ -198,7 +199,7 @@ def test_few_shots_are_fixed_by_the_seed_and_nested(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shots", [0, 41, 2.5])
 def test_shots_beyond_the_training_images_are_refused(tmp_path: Path, shots: float) -> None:
     listed(tmp_path / "polyp", "train.csv", "TrainDataset", "images", "masks", 40, binary)
-    with pytest.raises(ValueError, match=rf"dataset\.shots={shots} must be 1 to 40"):
+    with pytest.raises(ValueError, match=rf"loading\.shots={shots} must be 1 to 40"):
         build("kvasir", tmp_path, shots=shots).names("train")
 
 

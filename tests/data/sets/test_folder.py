@@ -1,12 +1,10 @@
 from pathlib import Path
 
-import albumentations as A
 import pytest
 from PIL import Image
 
 from convlora.data.images import IMAGE_SUFFIXES
 from convlora.data.sets.folder import Folder
-from convlora.data.transforms import SquareResize
 
 
 def folder(root: Path) -> Folder:
@@ -14,9 +12,6 @@ def folder(root: Path) -> Folder:
         name="folder",
         root=root,
         class_names=["foreground"],
-        resize=SquareResize(8),
-        augment=A.Compose([]),
-        num_workers=0,
     )
 
 
@@ -139,7 +134,7 @@ def test_empty_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder .*none; set data_root=YOUR_FOLDER"):
+    with pytest.raises(FileNotFoundError, match=r"neither images nor splits in .*none; set data_root=YOUR_FOLDER"):
         folder(tmp_path / "none").setup("test")
     with pytest.raises(FileNotFoundError, match=r"no folder .*images"):
         folder(tmp_path).setup("test")

@@ -1,9 +1,9 @@
-import albumentations as A
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from convlora.data.loading import Loading
 from convlora.data.module import SPLITS
 from convlora.data.sets.synthetic import Synthetic, draw_scene
 from convlora.data.transforms import SquareResize
@@ -20,11 +20,7 @@ def synthetic(seed: int = 0, scene_seed: int = 0, num_workers: int = 0) -> Synth
         test_size=5,
         size=64,
         class_names=["object"],
-        resize=SquareResize(64),
-        augment=A.Compose([]),
-        batch_size=2,
-        num_workers=num_workers,
-        seed=seed,
+        loading=Loading(SquareResize(64), batch_size=2, num_workers=num_workers, seed=seed),
         scene_seed=scene_seed,
     )
 
@@ -131,7 +127,7 @@ def texture_distance(image: Image, mask: Image) -> float:
 
 def test_scenes_are_not_kept_in_a_folder() -> None:
     with pytest.raises(
-        ValueError, match=r"synthetic: dataset\.cache=/tmp/a is for files, .* set ram or null"
+        ValueError, match=r"synthetic: loading\.cache=/tmp/a is for files, .* set ram or null"
     ):
         Synthetic(
             train_size=1,
@@ -139,7 +135,5 @@ def test_scenes_are_not_kept_in_a_folder() -> None:
             test_size=1,
             size=64,
             class_names=["object"],
-            resize=SquareResize(64),
-            augment=A.Compose([]),
-            cache="/tmp/a",
+            loading=Loading(cache="/tmp/a"),
         )
