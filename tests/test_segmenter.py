@@ -126,7 +126,7 @@ def test_of_several_classes_the_likeliest_is_found_with_its_probability() -> Non
 @pytest.mark.parametrize("kind", ["vit", "tiny_vit"])
 def test_encoder_compiles_as_one_graph(kind: str, checkpointing: bool, tiny: SamViT) -> None:
     torch.manual_seed(0)
-    backbone = tiny if kind == "vit" else MobileSam("mobile_sam", 64)
+    backbone = tiny if kind == "vit" else MobileSam(name="mobile_sam", image_size=64)
     sam = replace(backbone, activation_checkpointing=checkpointing).build()
     segmenter = Segmenter(sam, ConvLoRA(num_experts=4)).train()
     images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
@@ -153,7 +153,7 @@ def test_encoder_compiles_as_one_graph(kind: str, checkpointing: bool, tiny: Sam
 @pytest.mark.parametrize("kind", ["vit", "tiny_vit"])
 def test_segmenter_equals_its_released_form(kind: str, tiny: SamViT) -> None:
     torch.manual_seed(0)
-    backbone = tiny if kind == "vit" else MobileSam("mobile_sam", 64)
+    backbone = tiny if kind == "vit" else MobileSam(name="mobile_sam", image_size=64)
     segmenter = Segmenter(backbone.build(), ConvLoRA(num_experts=8)).train()
     for name, parameter in segmenter.named_parameters():
         if "lora_b" in name or "rel_pos" in name or "attention_biases" in name:

@@ -31,6 +31,11 @@ def fetch(name: str, url: str) -> Path:
         raise type(error)(f"{error}, or set model.weights=PATH") from error
 
 
+def cached(url: str) -> Path:
+    """Return where `fetch` keeps the file of a URL."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
 def read(name: str, path: Path) -> dict[str, Tensor]:
     """Read a file of tensors; anything else in it, code above all, is refused and never run.
 

@@ -67,8 +67,6 @@ def _prepare_again(module: WindowAttention, _: object) -> None:
 class TinyViTEncoder(nn.Module):
     """TinyViT-5M with SAM's neck: images [n, 3, s, s] to embeddings [n, 256, s / 16, s / 16]."""
 
-    stride = 16
-
     def __init__(self) -> None:
         super().__init__()
         vit = TinyVit(

@@ -1,16 +1,17 @@
 """Builders of Segment Anything backbones and the loading of their public checkpoints, strictly by key.
 
-A backbone is a frozen dataclass (`Backbone`): `build()` makes the architecture with random weights,
-`convert()` renames and resamples a public checkpoint to it. `load_backbone` does both and returns the hash
-by which an adapter recognises the weights it was trained on.
+A backbone is a frozen dataclass that extends `Backbone`: `build()` makes the architecture with random
+weights, `convert()` renames and resamples a public checkpoint to it. `load_backbone` does both and returns
+the hash by which an adapter recognises the weights it was trained on.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,86 +40,139 @@ class Sam(nn.Module):
         self.mask_decoder = mask_decoder
 
 
-class Backbone(Protocol):
-    """A SAM variant at one input size."""
-
-    @property
-    def name(self) -> str:
-        """What adapters and messages call the backbone."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square network input in pixels."""
-
-    @property
-    def weights(self) -> str | None:
-        """Checkpoint file, or None for the one at `url`."""
-
-    @property
-    def frozen_dtype(self) -> str:
-        """What the frozen image encoder's matrices are held in: float32 or bfloat16."""
-
-    @property
-    def head(self) -> str:
-        """How the mask decoder tells classes apart."""
-
-    @property
-    def url(self) -> str | None:
-        """Where the public checkpoint lies; None where there is none, and random weights are used."""
-
-    def build(self) -> Sam:
-        """Return the architecture with random weights; also works under `torch.device("meta")`."""
-
-    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a public checkpoint under the keys and shapes of `build()` at this image size."""
-
-
-@dataclass(frozen=True)
-class SamViT:
-    """SAM with a plain ViT: windowed blocks, and global blocks at `global_attn_indexes`.
+@dataclass(frozen=True, kw_only=True)
+class Backbone(ABC):
+    """A SAM variant at one input size.
 
     Args:
-        name: of the backbone.
-        embed_dim: channels of the encoder.
-        depth: number of blocks.
-        num_heads: attention heads.
-        global_attn_indexes: blocks with attention over the whole grid.
-        image_size: side of the input in pixels, a multiple of `patch_size`.
+        name: what adapters and messages call it.
+        image_size: side of the square input in pixels, a multiple of `patch_size`.
         weights: checkpoint file; None takes the one at `url`, or random weights where that is None too.
-        url: official checkpoint.
+        url: official checkpoint; None where there is none.
         frozen_dtype: of the frozen image encoder's matrices, float32 or bfloat16; the latter halves their
             memory and needs autocast to bfloat16, which rounds them so anyway.
         activation_checkpointing: keep only the input of each block of the image encoder for the backward
             pass, and run the block again there; less memory, more time.
-        head: how the mask decoder tells classes apart, see `convlora.segmenter.HEADS`.
-        patch_size: side of a patch in pixels.
-        window_size: side of a window in tokens.
-        decoder_dim: channels of the neck, the prompt encoder and the mask decoder.
-        decoder_mlp_dim: hidden channels of the decoder's transformer.
+
+    Raises:
+        ValueError: one of them is impossible.
     """
 
     name: str
-    embed_dim: int
-    depth: int
-    num_heads: int
-    global_attn_indexes: Sequence[int]
     image_size: int = 1024
     weights: str | None = None
     url: str | None = None
     frozen_dtype: str = "float32"
     activation_checkpointing: bool = False
-    head: str = "per_class"
+
+    # Of the architecture; no fields, unless a variant makes them its own.
+    patch_size = 16  # side of a patch in pixels
+    window_size = 14  # side in tokens of the widest window, which the others' divide; 0 where there is none
+    decoder_dim = 256  # channels of the neck, the prompt encoder and the mask decoder
+    decoder_mlp_dim = 2048  # hidden channels of the decoder's transformer
+
+    def __post_init__(self) -> None:
+        size, patch = self.image_size, self.patch_size
+        if size <= 0 or size % patch:
+            raise ValueError(
+                f"{self.name}: model.image_size={size} is not a positive multiple of the patch size {patch}; "
+                f"try model.image_size={max(1, round(size / patch)) * patch}"
+            )
+        if self.frozen_dtype not in FROZEN_DTYPES:
+            raise ValueError(
+                f"model.frozen_dtype={self.frozen_dtype} must be one of {', '.join(FROZEN_DTYPES)}"
+            )
+        if not isinstance(self.activation_checkpointing, bool):
+            raise ValueError(
+                f"model.activation_checkpointing={self.activation_checkpointing} must be true or false"
+            )
+
+    @abstractmethod
+    def build_encoder(self) -> nn.Module:
+        """Return the image encoder with random weights; its transformer blocks are `.blocks`."""
+
+    @abstractmethod
+    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a public checkpoint under the keys and shapes of `build()` at this image size."""
+
+    def build(self) -> Sam:
+        """Return the architecture with random weights; also works under `torch.device("meta")`."""
+        encoder: Any = self.build_encoder()
+        if self.activation_checkpointing:
+            checkpoint_blocks(encoder.blocks)
+        grid = self.image_size // self.patch_size
+        prompt_encoder = PromptEncoder(
+            embed_dim=self.decoder_dim,
+            image_embedding_size=(grid, grid),
+            input_image_size=(self.image_size, self.image_size),
+            mask_in_chans=16,
+        )
+        transformer = TwoWayTransformer(
+            depth=2, embedding_dim=self.decoder_dim, mlp_dim=self.decoder_mlp_dim, num_heads=8
+        )
+        mask_decoder = MaskDecoder(transformer_dim=self.decoder_dim, transformer=transformer)
+        return Sam(encoder, prompt_encoder, mask_decoder).eval()
+
+    @property
+    def weights_path(self) -> Path | None:
+        """Checkpoint file, which need not be there yet; None of random weights."""
+        if self.weights is not None:
+            return Path(self.weights).expanduser()
+        return None if self.url is None else checkpoints.cached(self.url)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether there are no weights to load."""
+        return self.weights_path is None
+
+    def weights_source(self) -> str:
+        """Say where the weights come from, and whether they are there."""
+        path = self.weights_path
+        if path is None:
+            return "random weights"
+        absent = "no such file" if self.weights is not None else f"to be downloaded from {self.url}"
+        return f"weights {path}" if path.is_file() else f"weights {path} ({absent})"
+
+    def padding_advice(self) -> str | None:
+        """Say by how much tokens are padded to fill their windows, if they are, and which sizes need none."""
+        size, tokens, window = self.image_size, self.image_size // self.patch_size, self.window_size
+        if not window or tokens % window == 0:
+            return None
+        fewer, step = tokens // window, self.patch_size * window
+        padded = (fewer + 1) * window
+        sizes = [str(step * times) for times in range(fewer, fewer + 3) if times]
+        return (
+            f"{size} px: {tokens} x {tokens} tokens are padded to {padded} x {padded} in windows of "
+            f"{window}, {(padded / tokens) ** 2 - 1:.0%} more work there; {', '.join(sizes)} fit"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamViT(Backbone):
+    """SAM with a plain ViT: windowed blocks, and global blocks at `global_attn_indexes`.
+
+    Args:
+        embed_dim: channels of the encoder.
+        depth: number of blocks.
+        num_heads: attention heads.
+        global_attn_indexes: blocks with attention over the whole grid.
+        patch_size: side of a patch in pixels.
+        window_size: side of a window in tokens, 0 makes all blocks global.
+        decoder_dim: channels of the neck, the prompt encoder and the mask decoder.
+        decoder_mlp_dim: hidden channels of the decoder's transformer.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_attn_indexes: Sequence[int]
     patch_size: int = 16
     window_size: int = 14
     decoder_dim: int = 256
     decoder_mlp_dim: int = 2048
 
-    def __post_init__(self) -> None:
-        _check_image_size(self.name, self.image_size, self.patch_size)
-        _check_memory_savers(self.frozen_dtype, self.activation_checkpointing)
-
-    def build(self) -> Sam:
-        """Return the architecture with random weights."""
+    def build_encoder(self) -> nn.Module:
+        """Return segment-anything's encoder with attention that keeps no matrix of all pairs of tokens."""
         encoder = ImageEncoderViT(
             img_size=self.image_size,
             patch_size=self.patch_size,
@@ -133,9 +187,11 @@ class SamViT:
         )
         for block in encoder.blocks:
             block.attn = RelPosAttention(block.attn)
-        if self.activation_checkpointing:
-            checkpoint_blocks(encoder.blocks)
-        return _sam(encoder, self.image_size, self.patch_size, self.decoder_dim, self.decoder_mlp_dim)
+        return encoder  # type: ignore[no-any-return]
+
+    def padding_advice(self) -> str | None:
+        """See `Backbone`."""
+        return super().padding_advice() if set(range(self.depth)) - set(self.global_attn_indexes) else None
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the checkpoint with its position tables resampled to this image size."""
@@ -152,42 +208,16 @@ class SamViT:
         return state
 
 
-@dataclass(frozen=True)
-class MobileSam:
+@dataclass(frozen=True, kw_only=True)
+class MobileSam(Backbone):
     """MobileSAM: TinyViT-5M distilled from SAM's ViT-H, with SAM's own prompt encoder and mask decoder.
 
     Zhang et al., "Faster Segment Anything", 2023, arXiv:2306.14289.
-
-    Args:
-        name: of the backbone.
-        image_size: side of the input in pixels, a multiple of 16.
-        weights: checkpoint file; None takes the one at `url`.
-        url: official checkpoint.
-        frozen_dtype: of the frozen image encoder's matrices, float32 or bfloat16; the latter halves their
-            memory and needs autocast to bfloat16, which rounds them so anyway.
-        activation_checkpointing: keep only the input of each block of the image encoder for the backward
-            pass, and run the block again there; less memory, more time.
-        head: how the mask decoder tells classes apart, see `convlora.segmenter.HEADS`.
     """
 
-    name: str
-    image_size: int = 1024
-    weights: str | None = None
-    url: str | None = None
-    frozen_dtype: str = "float32"
-    activation_checkpointing: bool = False
-    head: str = "per_class"
-
-    def __post_init__(self) -> None:
-        _check_image_size(self.name, self.image_size, TinyViTEncoder.stride)
-        _check_memory_savers(self.frozen_dtype, self.activation_checkpointing)
-
-    def build(self) -> Sam:
-        """Return the architecture with random weights."""
-        encoder = TinyViTEncoder()
-        if self.activation_checkpointing:
-            checkpoint_blocks(encoder.blocks)
-        return _sam(encoder, self.image_size, TinyViTEncoder.stride, dim=256, mlp_dim=2048)
+    def build_encoder(self) -> nn.Module:
+        """Return TinyViT with SAM's neck."""
+        return TinyViTEncoder()
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the checkpoint under this encoder's names; it has no tables that depend on the size."""
@@ -206,27 +236,26 @@ def load_backbone(backbone: Backbone) -> tuple[Sam, str]:
         OSError: the download failed.
         ValueError: the file is truncated, holds code, or does not fit the backbone.
     """
-    if backbone.weights is not None:
-        path = Path(backbone.weights).expanduser()
-    elif backbone.url is not None:
-        path = checkpoints.fetch(backbone.name, backbone.url)
-    else:
+    path = backbone.weights_path
+    if path is None:
         log.warning("%s: random frozen weights, there is no public checkpoint of it", backbone.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             sam = backbone.build()
         _favour_texture(sam.image_encoder)
         sha256 = checkpoints.hash_tensors(sam.state_dict())
-        hold_frozen(sam.image_encoder, backbone.frozen_dtype)
-        return sam, sha256
-    if not path.is_file():
-        raise FileNotFoundError(f"{backbone.name}: no weights file at {path}; set model.weights=PATH")
-    state = backbone.convert(checkpoints.read(backbone.name, path))
-    sam = backbone.build()
-    checkpoints.check_fit(backbone.name, path, state, sam.state_dict())
-    sam.load_state_dict(state)
+    else:
+        if backbone.weights is None and backbone.url is not None:
+            checkpoints.fetch(backbone.name, backbone.url)
+        if not path.is_file():
+            raise FileNotFoundError(f"{backbone.name}: no weights file at {path}; set model.weights=PATH")
+        state = backbone.convert(checkpoints.read(backbone.name, path))
+        sam = backbone.build()
+        checkpoints.check_fit(backbone.name, path, state, sam.state_dict())
+        sam.load_state_dict(state)
+        sha256 = checkpoints.hash_file(path)
     hold_frozen(sam.image_encoder, backbone.frozen_dtype)
-    return sam, checkpoints.hash_file(path)
+    return sam, sha256
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -250,19 +279,6 @@ def resample_grid(table: Tensor, grid: int) -> Tensor:
     return maps.permute(0, 2, 3, 1)
 
 
-def _sam(encoder: nn.Module, image_size: int, patch_size: int, dim: int, mlp_dim: int) -> Sam:
-    grid = image_size // patch_size
-    prompt_encoder = PromptEncoder(
-        embed_dim=dim,
-        image_embedding_size=(grid, grid),
-        input_image_size=(image_size, image_size),
-        mask_in_chans=16,
-    )
-    transformer = TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=mlp_dim, num_heads=8)
-    mask_decoder = MaskDecoder(transformer_dim=dim, transformer=transformer)
-    return Sam(encoder, prompt_encoder, mask_decoder).eval()
-
-
 @torch.no_grad()
 def _favour_texture(encoder: nn.Module) -> None:
     """Make random features worth adapting: they answer to texture, where PyTorch's answer to brightness.
@@ -277,19 +293,3 @@ def _favour_texture(encoder: nn.Module) -> None:
         elif isinstance(module, MLPBlock):
             module.lin1.weight.mul_(3)
             module.lin2.weight.mul_(3)
-
-
-def _check_memory_savers(frozen_dtype: str, activation_checkpointing: bool) -> None:
-    if frozen_dtype not in FROZEN_DTYPES:
-        raise ValueError(f"model.frozen_dtype={frozen_dtype} must be one of {', '.join(FROZEN_DTYPES)}")
-    if not isinstance(activation_checkpointing, bool):
-        raise ValueError(f"model.activation_checkpointing={activation_checkpointing} must be true or false")
-
-
-def _check_image_size(name: str, image_size: int, patch_size: int) -> None:
-    if image_size <= 0 or image_size % patch_size:
-        nearest = max(1, round(image_size / patch_size)) * patch_size
-        raise ValueError(
-            f"{name}: model.image_size={image_size} is not a positive multiple of the patch size "
-            f"{patch_size}; try model.image_size={nearest}"
-        )

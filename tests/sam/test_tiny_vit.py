@@ -51,7 +51,9 @@ def test_real_weights_segment_a_polyp_from_a_box(shared: Path) -> None:
     from convlora.data.samples import to_tensor
     from convlora.data.transforms import SquareResize, eval_transform
 
-    sam, _ = load_backbone(MobileSam("mobile_sam", 512, str(shared / "weights/mobile_sam.pt")))
+    sam, _ = load_backbone(
+        MobileSam(name="mobile_sam", image_size=512, weights=str(shared / "weights/mobile_sam.pt"))
+    )
     images = sorted((shared / "data/polyp/TestDataset/Kvasir/images").iterdir())[:6]
     scores = []
     for path in images:

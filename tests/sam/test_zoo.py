@@ -15,7 +15,10 @@ from convlora.peft.method import aux_loss
 from convlora.sam.attention import offset_table, resample_offsets
 from convlora.sam.zoo import Backbone, MobileSam, SamViT, load_backbone, resample_grid
 
-SMALL_VIT = SamViT("small", 16, 2, 2, (1,), 32, patch_size=4, window_size=4, decoder_dim=32)
+SMALL_VIT = SamViT(
+    name="small", embed_dim=16, depth=2, num_heads=2, global_attn_indexes=(1,), image_size=32, patch_size=4,
+    window_size=4, decoder_dim=32,
+)  # fmt: skip
 MODELS = sorted((ROOT / "conf" / "model").glob("*.yaml"))
 
 
@@ -99,12 +102,14 @@ def test_offsets_are_resampled_as_segment_anything_does() -> None:
     torch.testing.assert_close(offset_table(table, 5), get_rel_pos(5, 5, table))
 
 
-@pytest.mark.parametrize("backbone", [SMALL_VIT, MobileSam("mobile_sam", 64)], ids=["vit", "tiny_vit"])
+@pytest.mark.parametrize(
+    "backbone", [SMALL_VIT, MobileSam(name="mobile_sam", image_size=64)], ids=["vit", "tiny_vit"]
+)
 def test_activation_checkpointing_changes_memory_only(backbone: Backbone) -> None:
     results, kept = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        sam = replace(backbone, activation_checkpointing=checkpointing).build()  # type: ignore[type-var]
+        sam = replace(backbone, activation_checkpointing=checkpointing).build()
         encoder = ConvLoRA(num_experts=4).inject(sam.image_encoder.requires_grad_(False)).train()
         for name, parameter in encoder.named_parameters():
             if "lora_b" in name:
@@ -148,6 +153,66 @@ def test_impossible_memory_savers_are_refused(tiny: SamViT) -> None:
         replace(tiny, frozen_dtype="int8")
     with pytest.raises(ValueError, match=r"model.activation_checkpointing=maybe must be true or false"):
         replace(tiny, activation_checkpointing="maybe")
+
+
+def padding(backbone: Backbone) -> float:
+    """How many times its own tokens the attention of a block sees, at most."""
+    with torch.device("meta"):
+        encoder = backbone.build().image_encoder
+        shares = []
+        for block in encoder.blocks:
+            if hasattr(block, "attn"):
+                block.register_forward_pre_hook(lambda _, args: shares.append(-args[0].numel()))
+                block.attn.register_forward_pre_hook(lambda _, args: shares.append(args[0].numel()))
+        encoder(torch.empty(1, 3, backbone.image_size, backbone.image_size))
+    return max(attention / -block for block, attention in zip(shares[::2], shares[1::2], strict=True))
+
+
+@pytest.mark.parametrize("name", ["sam_tiny", "sam_vit_b", "mobile_sam"])
+def test_padding_advice_says_what_the_encoder_does(name: str) -> None:
+    for size in (128, 208, 512, 896, 1024):
+        backbone = replace(from_conf(name), image_size=size)
+        advice = backbone.padding_advice()
+        if advice is None:
+            assert padding(backbone) == 1
+            continue
+        assert f"{padding(backbone) - 1:.0%} more work" in advice
+        fitting = [int(word) for word in advice.partition("; ")[2].removesuffix(" fit").split(", ")]
+        assert min(abs(fit - size) for fit in fitting) <= fitting[-1] - fitting[-2]
+        for fit in fitting:
+            fitted = replace(backbone, image_size=fit)
+            assert padding(fitted) == 1
+            assert fitted.padding_advice() is None
+
+
+def test_padding_advice_reads_well() -> None:
+    assert replace(from_conf("sam_vit_b"), image_size=512).padding_advice() == (
+        "512 px: 32 x 32 tokens are padded to 42 x 42 in windows of 14, 72% more work there; "
+        "448, 672, 896 fit"
+    )
+    assert from_conf("sam_tiny").padding_advice() is None
+
+
+def test_no_windows_need_no_padding() -> None:
+    for everywhere_global in ({"window_size": 0}, {"global_attn_indexes": range(12)}):
+        assert replace(from_conf("sam_vit_b"), image_size=512, **everywhere_global).padding_advice() is None
+
+
+def test_source_of_the_weights_is_told(tiny: SamViT, weights: Path, cache: Path) -> None:
+    assert tiny.weights_source() == "random weights"
+    assert tiny.is_random
+    own = replace(tiny, weights=str(weights), url="http://localhost/tiny.pth")
+    assert own.weights_source() == f"weights {weights}"
+    assert replace(own, weights="gone.pth").weights_source() == "weights gone.pth (no such file)"
+    online = replace(own, weights=None)
+    assert online.weights_source() == (
+        f"weights {cache}/tiny.pth (to be downloaded from http://localhost/tiny.pth)"
+    )
+    cache.mkdir(parents=True)
+    weights.rename(cache / "tiny.pth")
+    assert online.weights_source() == f"weights {cache}/tiny.pth"
+    assert not own.is_random
+    assert not online.is_random
 
 
 @pytest.mark.parametrize("size", [0, 30, -16])
@@ -263,7 +328,7 @@ def test_absent_file_on_the_server_is_reported(tiny: SamViT, server: str, cache:
 
 def test_mobile_sam_accepts_its_checkpoint(shared: Path) -> None:
     path = shared / "weights/mobile_sam.pt"
-    sam, _ = load_backbone(MobileSam("mobile_sam", image_size=256, weights=str(path)))
+    sam, _ = load_backbone(MobileSam(name="mobile_sam", image_size=256, weights=str(path)))
     expected = torch.load(path, weights_only=True)
     own = sam.state_dict()
     assert torch.equal(
@@ -280,4 +345,4 @@ def test_mobile_sam_accepts_its_checkpoint(shared: Path) -> None:
 
 def test_mobile_sam_refuses_a_checkpoint_of_sam(tiny: SamViT, weights: Path) -> None:
     with pytest.raises(ValueError, match=r"mobile_sam: .* holds another model"):
-        load_backbone(MobileSam("mobile_sam", weights=str(weights)))
+        load_backbone(MobileSam(name="mobile_sam", weights=str(weights)))
