@@ -22,6 +22,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic_core import SchemaError
 from torch import nn
 
 from convlora.callbacks import ProgressBar
@@ -144,10 +145,8 @@ def make_test_sets(
         first: the data set that is trained on, or tested first.
 
     Raises:
-        ValueError: a data set is named twice, or has other classes than the first, or there is no list.
+        ValueError: a data set is named twice, or has other classes than the first.
     """
-    if isinstance(names, str):
-        raise ValueError(f"test_sets={names} must be a list; write test_sets=[{names}]")
     other = re.compile(r"[~+]*(dataset(?!\.threshold=)|test_sets|resume)\b")
     own = [override for override in HydraConfig.get().overrides.task if not other.match(override)]
     sets: list[SegmentationDataModule] = []
@@ -264,7 +263,7 @@ def make(section: str, config: Mapping[str, Any], **given: Any) -> Any:
         ValueError: a key that the target does not take, a value of a wrong type, or no such target.
         Exception: what the target raised.
     """
-    _check_section(section, config)
+    _check_section(section, {key: value for key, value in config.items() if key not in given})
     try:
         if not given:
             return instantiate(config, _convert_="all")
@@ -312,11 +311,13 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 def _check_type(path: str, value: object, hint: Any) -> None:
     try:
         TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except (PydanticSchemaGenerationError, PydanticUserError, NameError, TypeError):
+    except (PydanticSchemaGenerationError, PydanticUserError, SchemaError, NameError, TypeError):
         return  # no type that a value could be checked against
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise ValueError(f"{path}={value} is not possible: {reason[0].lower()}{reason[1:]}") from error
+        first = error.errors()[0]
+        way_out = f"; write {path}=[{value}]" if first["type"] == "list_type" else ""
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise ValueError(f"{path}={value} is not possible: {reason}{way_out}") from error
 
 
 def _check_section(section: str, config: Mapping[str, Any]) -> None:

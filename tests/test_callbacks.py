@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from convlora.callbacks import finish_wandb, wandb_logger, write_json
+from convlora.callbacks import finish_wandb, wandb_logger
+from convlora.run import write_json
 
 
 def test_wandb_is_offline_and_silent_where_nobody_is_logged_in(

@@ -181,7 +181,7 @@ def test_a_missing_further_test_set_is_told_before_anything_is_scored(cli: Comma
         ("[synthetic]", "synthetic is tested already"),
         ("[aerial]", "aerial has 6 (building"),
         ("[nc5k]", "nc5k"),
-        ("nc4k", "must be a list; write test_sets=[nc4k]"),
+        ("nc4k", "input should be a valid list; write test_sets=[nc4k]"),
     ],
 )
 def test_further_test_sets_that_make_no_sense_are_refused(

@@ -43,7 +43,7 @@ def test_experiment_is_the_papers_run(cli: Commands, name: str) -> None:
     trainer = config["trainer"]
     assert trainer["max_epochs"] == EPOCHS.get(name, 30)
     assert (trainer["precision"], trainer["gradient_clip_val"]) == ("16-mixed", 1.0)
-    assert config["dataset"]["batch_size"] * trainer["accumulate_grad_batches"] == 4
+    assert config["loading"]["batch_size"] * trainer["accumulate_grad_batches"] == 4
     assert config["early_stopping"]["patience"] == 10
     assert [step["p"] for step in config["augment"]["transforms"]] == [0.5]
     loss = LOSSES.get(name, "StructureLoss")

@@ -99,8 +99,11 @@ def test_images_of_one_stem_keep_their_whole_name(cli: Commands, checkpoint: str
         (["input=empty", "output=out"], "input=empty: no images in it"),
         (["input=in", "output=in"], "masks would replace images"),
         (["input=in/a.png", "output=in"], "masks would replace images"),
-        (["input=in", "output=out", "device=tpu9000"], "device=tpu9000 cannot be used"),
-        (["input=in", "output=out", "precision=half"], "precision=half is not one of 32-true"),
+        (["input=in", "output=out", "device=tpu9000"], "device=tpu9000 or precision=32-true cannot be used"),
+        (
+            ["input=in", "output=out", "precision=half"],
+            "precision=half cannot be used (Precision 'half' is invalid",
+        ),
     ],
 )
 def test_impossible_requests_are_explained(
