@@ -44,12 +44,12 @@ def test_experiment_is_the_papers_run(cli: Commands, name: str) -> None:
     assert trainer["max_epochs"] == EPOCHS.get(name, 30)
     assert (trainer["precision"], trainer["gradient_clip_val"]) == ("16-mixed", 1.0)
     assert config["loading"]["batch_size"] * trainer["accumulate_grad_batches"] == 4
-    assert config["early_stopping"]["patience"] == 10
+    assert config["callbacks"]["early_stopping"]["patience"] == 10
     assert [step["p"] for step in config["augment"]["transforms"]] == [0.5]
     loss = LOSSES.get(name, "StructureLoss")
     assert config["loss"]["_target_"].endswith(f".{loss}")
     assert config["loss"].get("boundary_weighted") == (False if loss == "StructureLoss" else None)
-    assert config["early_stopping"]["monitor"] == MONITORS[name]
+    assert config["callbacks"]["early_stopping"]["monitor"] == MONITORS[name]
     if name == "sbu":
         assert config["metrics"]["scores"]["ber"] == "convlora.metrics.shadow.ber"
 
