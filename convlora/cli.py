@@ -101,7 +101,7 @@ def assign(key: str, value: object) -> str:
     text = str(value)
     if PLAIN.fullmatch(text):
         return f"{key}={text}"
-    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    quoted = text.replace("'", "\\'")
     return f"{key}='{quoted}'"
 
 
@@ -124,7 +124,7 @@ OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 def _replay(arguments: list[str], replay: Callable[[str], list[str]] | None) -> list[str]:
     """Put the arguments of the run that is resumed before those given now, which win."""
     found = [argument for argument in arguments if replay is not None and argument.startswith("resume=")]
-    path = found[-1].partition("=")[2].strip("'\"").replace("\\'", "'").replace("\\\\", "\\") if found else ""
+    path = found[-1].partition("=")[2].strip("'\"").replace("\\'", "'") if found else ""
     if replay is None or path in ("", "null"):
         return arguments
     given = {_key(argument) for argument in arguments}
@@ -185,13 +185,18 @@ def _name_choice(config_name: str, error: HydraException) -> Exception:
         group, _, name = str(missing).rpartition("/")
         names = sorted(getattr(error, "options", None) or ())
         return ValueError(f"{group}={name}: there is none of that name; {_suggest(name, names)}")
-    found = re.match(r"Could not override '([^'@]+)", str(error))
-    if found and found[1].startswith("peft/"):
-        return ValueError(f"{found[1]}=... is for methods with experts, as in peft=conv_lora; leave it out")
-    if found:
-        groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-        close = _suggest(found[1], [group for group in groups if group != found[1]])
-        return ValueError(f"{config_name} takes no {found[1]}=...; see --help ({close})")
+    if found := re.match(r"You must specify '(\w+)'", str(error)):
+        names = sorted(path.stem for path in (CONF / found[1]).glob("*.yaml"))
+        return ValueError(f"{found[1]}=NAME must be given; there are {', '.join(names)}")
+    if found := re.match(r"Could not override '([^'@]+)", str(error)):
+        if found[1].startswith("peft/"):
+            return ValueError(
+                f"{found[1]}=... is for methods with experts, as in peft=conv_lora; leave it out"
+            )
+        defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
+        groups = [key for entry in defaults if entry != "_self_" for key in entry if " " not in key]
+        hint = _suggest(found[1], groups) if groups else "leave it out"
+        return ValueError(f"{config_name} takes no {found[1]}=...; {hint}")
     return error
 
 

@@ -139,6 +139,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+@rank_zero_only
 def check_unused(folder: Path) -> None:
     """Refuse to begin a run where another has been; raises FileExistsError."""
     if (folder / LAST).is_file() or (folder / RECORD).is_file():
