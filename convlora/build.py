@@ -21,11 +21,12 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from convlora.data.module import SegmentationDataModule
 from convlora.sam.zoo import load_backbone
@@ -45,7 +46,12 @@ USER_ERRORS = (OSError, ValueError, HydraException, OmegaConfBaseException, Misc
 
 FORMAT = "convlora-adapter-2"
 # What an adapter file may ask to be built: its config comes from whoever made the file.
-ADAPTER_PACKAGES = {"model": "convlora.sam.", "peft": "convlora.peft.", "resize": "convlora.data.transforms"}
+ADAPTER_PACKAGES = {
+    "model": "convlora.sam.",
+    "peft": "convlora.peft.",
+    "head": "convlora.heads.",
+    "resize": "convlora.data.transforms",
+}
 
 
 def command(config_name: str, schema: Callable[..., T], job: Callable[[T], Any]) -> Callable[[], None]:
@@ -164,14 +170,22 @@ def _check_section(section: str, config: Mapping[str, Any]) -> None:
             _check_section(f"{section}.{key}", value)
 
 
-def make_loss(loss: Config, num_classes: int) -> nn.Module:
-    """Build a loss and try it, so that one for another number of classes is refused before training.
+def make_loss(loss: Config, segmenter: Segmenter) -> nn.Module:
+    """Build a loss and try it, so that one for another head or number of classes is refused before training.
+
+    Args:
+        loss: its section.
+        segmenter: whose head gives the outputs; it may be without storage.
 
     Raises:
         ValueError: it is not for that many classes.
     """
     built: nn.Module = make("loss", loss)
-    built(torch.zeros(1, num_classes, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    prompt = segmenter.dense_prompt
+    with torch.no_grad():
+        outputs = segmenter.mask_decoder.outputs(prompt, segmenter.position_encoding, prompt, (8, 8))
+    zeros = apply_to_collection(outputs, Tensor, lambda part: torch.zeros(part.shape))
+    built(zeros, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     return built
 
 
@@ -220,23 +234,24 @@ def check_classes(name: str, class_names: Sequence[str], data: SegmentationDataM
     )
 
 
-def make_segmenter(model: Config, peft: Config, num_classes: int) -> tuple[Segmenter, dict[str, str]]:
-    """Build a segmenter on pretrained weights, with one mask for each class.
+def make_segmenter(
+    model: Config, peft: Config, head: Config, num_classes: int
+) -> tuple[Segmenter, dict[str, str]]:
+    """Build a segmenter on pretrained weights.
 
     Returns:
         The segmenter and the identity of its base weights: name and SHA-256.
     """
-    backbone, method = make("model", model), make("peft", peft)
+    backbone = make("model", model)
     sam, sha256 = load_backbone(backbone)
-    segmenter = Segmenter(sam, method, num_classes, backbone.head)
+    segmenter = Segmenter(sam, make("peft", peft), make("head", head), num_classes)
     return segmenter, {"base": backbone.name, "base_sha256": sha256}
 
 
-def outline_segmenter(model: Config, peft: Config, num_classes: int) -> Segmenter:
+def outline_segmenter(model: Config, peft: Config, head: Config, num_classes: int) -> Segmenter:
     """Build a segmenter without storage, to count its parameters."""
-    backbone, method = make("model", model), make("peft", peft)
     with torch.device("meta"):
-        return Segmenter(backbone.build(), method, num_classes, backbone.head)
+        return Segmenter(make("model", model).build(), make("peft", peft), make("head", head), num_classes)
 
 
 @dataclass(frozen=True)
@@ -322,7 +337,7 @@ def load_adapter(path: str | Path, weights: str | None = None, precision: str | 
     if not is_half(precision):
         parts["model"]["frozen_dtype"] = "float32"
     class_names, class_colors = json.loads(metadata["class_names"]), json.loads(metadata["class_colors"])
-    segmenter, identity = make_segmenter(parts["model"], parts["peft"], len(class_names))
+    segmenter, identity = make_segmenter(parts["model"], parts["peft"], parts["head"], len(class_names))
     check_identity(metadata, identity)
     segmenter.load_trainable_state(state)
     return Adapter(segmenter.eval(), parts["resize"], class_names, class_colors, identity, precision)

@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> None:
     )
     task = SegmentationTask(
         adapter.segmenter,
-        make_loss(config.loss, data.num_classes),
+        make_loss(config.loss, adapter.segmenter),
         make("metrics", config.metrics, class_names=data.class_names),
         torch.optim.AdamW,
         adapter.identity,

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from convlora.data.module import Batch
 from convlora.metrics.scores import Scores
 from convlora.peft.method import aux_loss
-from convlora.segmenter import Segmenter, restore_size, to_prediction
+from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction
 
 
 class SegmentationTask(LightningModule):
@@ -23,7 +23,7 @@ class SegmentationTask(LightningModule):
 
     Args:
         segmenter: the model.
-        loss: of logits [n, c, h, w] against class ids [n, 1, h, w].
+        loss: of the head's outputs against class ids [n, 1, h, w]; a mean over images.
         scores: fed one image at a time.
         optimizer: makes the optimiser from the trainable parameters.
         identity: what a checkpoint must have been made with, besides the shapes: name and hash of the base
@@ -61,13 +61,13 @@ class SegmentationTask(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the segmentation loss plus the adapters' auxiliary loss."""
-        logits = self.segmenter(batch.images)
-        loss: Tensor = self.loss(logits, torch.stack(list(batch.masks))[:, None])
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(logits))
+        outputs = self.segmenter.outputs(batch.images)
+        loss: Tensor = self.loss(outputs, torch.stack(list(batch.masks))[:, None])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
         aux = aux_loss(self.segmenter)
         if aux is None:
             return loss
-        self.log("train/aux_loss", aux, batch_size=len(logits))
+        self.log("train/aux_loss", aux, batch_size=len(batch.images))
         return loss + aux
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -112,10 +112,18 @@ class SegmentationTask(LightningModule):
     def _score(self, stage: str, batch: Batch) -> dict[str, dict[str, float]]:
         scores, mean_loss = self._metrics(stage)
         rows = {}
-        logits = self.segmenter(batch.images)
+        outputs = self.segmenter.outputs(batch.images)
+        logits = self.segmenter.logits(outputs)
+        plain = isinstance(outputs, Tensor)  # which are the logits; of more, the loss is taken as in training
+        if not plain:
+            fitted = [
+                fit_mask(m, c, logits.shape[3]) for m, c in zip(batch.masks, batch.contents, strict=True)
+            ]
+            mean_loss.update(self.loss(outputs, torch.stack(fitted)[:, None]), len(fitted))
         for name, mask, content, logit in zip(batch.names, batch.masks, batch.contents, logits, strict=True):
             native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
-            mean_loss.update(self.loss(native[None], mask[None, None]))
+            if plain:
+                mean_loss.update(self.loss(native[None], mask[None, None]))
             found = to_prediction(native)
             values = scores(found.classes.cpu(), found.prob.cpu(), mask.cpu())
             rows[name] = {key: values[f"{stage}/{key}"].item() for key in scores.names}

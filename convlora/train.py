@@ -58,6 +58,7 @@ class TrainConfig:
     dataset: Config
     model: Config
     peft: Config
+    head: Config
     loss: Config
     metrics: Config
     optimizer: Config
@@ -83,14 +84,14 @@ def train(config: TrainConfig) -> float | None:
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     data: SegmentationDataModule = make("dataset", config.dataset)
-    outline = outline_segmenter(config.model, config.peft, data.num_classes)
+    outline = outline_segmenter(config.model, config.peft, config.head, data.num_classes)
     if config.dry_run:
         trainer: Trainer = make("trainer", config.trainer, logger=False, enable_checkpointing=False)
         announce(trainer, data, outline, run_dir)
         return None
     ckpt_path = find_checkpoint(config.ckpt_path, run_dir)
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
-    loss = make_loss(config.loss, data.num_classes)
+    loss = make_loss(config.loss, outline)
     check_monitor(config, scores)
     check_frozen_dtype(config)
     tests = [data, *make_test_sets(config.test_sets, "train", data)]
@@ -133,7 +134,7 @@ def fit_and_test(
     if trainer.is_global_zero:
         announce(trainer, data, outline, run_dir)
     seed_everything(config.seed, workers=True, verbose=False)
-    segmenter, identity = make_segmenter(config.model, config.peft, data.num_classes)
+    segmenter, identity = make_segmenter(config.model, config.peft, config.head, data.num_classes)
     if config.compile:
         segmenter.compile_encoder()
     optimizer = make("optimizer", config.optimizer)

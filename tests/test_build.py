@@ -16,14 +16,15 @@ MODEL = {
     "decoder_mlp_dim": 32, "weights": None,
 }  # fmt: skip
 PEFT = {"_target_": "convlora.peft.conv_lora.ConvLoRA", "rank": 2, "num_experts": 3}
+HEAD = {"_target_": "convlora.heads.PerClass"}
 RESIZE = {"_target_": "convlora.data.transforms.SquareResize", "image_size": 32}
-CONFIG = {"model": MODEL, "peft": PEFT, "resize": RESIZE, "trainer": {"precision": "32-true"}}
+CONFIG = {"model": MODEL, "peft": PEFT, "head": HEAD, "resize": RESIZE, "trainer": {"precision": "32-true"}}
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    segmenter, identity = make_segmenter(MODEL, PEFT, num_classes=1)
+    segmenter, identity = make_segmenter(MODEL, PEFT, HEAD, num_classes=1)
     for value in segmenter.trainable_state().values():
         value.normal_(std=0.1)
     path = tmp_path / "adapter.safetensors"
@@ -78,7 +79,7 @@ def test_adapter_of_another_rank_is_refused(adapter: Path) -> None:
         "convlora.sam.checkpoints.Path",
     ],
 )
-@pytest.mark.parametrize("section", ["model", "peft", "resize"])
+@pytest.mark.parametrize("section", ["model", "peft", "head", "resize"])
 def test_adapter_cannot_ask_for_other_code(adapter: Path, section: str, target: str) -> None:
     rewrite(adapter, config=json.dumps(CONFIG | {section: {"_target_": target}}))
     with pytest.raises(ValueError, match=rf"asks for {target}, which is no {section} of this library"):

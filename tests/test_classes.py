@@ -131,7 +131,7 @@ def test_a_model_of_other_classes_is_refused(cli: Commands, run: Path) -> None:
     [
         (["metrics=binary"], "metrics.scores.dice is for a foreground, but the data set has 3 classes ("),
         (["loss=structure"], "the loss is for a foreground, here are 3 classes; set loss=cross_entropy_dice"),
-        (["model.head=query"], "model.head=query must be one of per_class"),
+        (["head=query"], "Could not find 'head/query'"),
         (["dataset.ignore_index=null"], "[1, 2, 3], which is none of the 3 classes"),
         (["dataset.class_colors=null", "dataset.ignore_index=null"], "give the classes' colours in dataset"),
     ],
