@@ -324,7 +324,7 @@ def _check_type(path: str, value: object, hint: Any) -> None:
         return  # no type that a value could be checked against
     except ValidationError as error:
         first = error.errors()[0]
-        way_out = f"; write {path}=[{value}]" if first["type"] == "list_type" else ""
+        way_out = f"; write {path}=[{value}]" if first["type"] in ("list_type", "sequence_str") else ""
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise ValueError(f"{path}={value} is not possible: {reason}{way_out}") from error
 
