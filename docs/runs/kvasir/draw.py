@@ -15,7 +15,7 @@ from convlora.data.masks import read_binary
 from convlora.draw import draw_contours
 from convlora.metrics.overlap import dice
 
-ROWS = 5
+ROWS = 4
 
 
 def main() -> None:
@@ -25,19 +25,22 @@ def main() -> None:
     pairs = csv_pairs(Path(listing))
     chosen = pairs[:: len(pairs) // ROWS][:ROWS]
     columns = 2 + len(predictors)
-    figure = Figure(figsize=(2.4 * columns, 2.65 * len(chosen)), layout="constrained")
-    for pair, axes in zip(chosen, figure.subplots(len(chosen), columns, squeeze=False), strict=True):
+    figure = Figure(figsize=(2.4 * columns, 2.65 * len(chosen) + 0.3), layout="constrained")
+    grid = figure.subplots(len(chosen), columns, squeeze=False)
+    for pair, axes in zip(chosen, grid, strict=True):
         image, mask = read_image(pair.image), read_binary(pair.mask) == 1
-        panels = [("image", image), ("truth", draw_contours(image, mask))]
-        for title, predictor in predictors.items():
+        panels = [("", image), ("", draw_contours(image, mask))]
+        for predictor in predictors.values():
             found = predictor.predict(image)
-            label = f"{title}, {dice(found.prob, mask):.2f}"
+            label = f"Dice {dice(found.prob, mask):.2f}"
             panels.append((label, draw_contours(image, found.classes == 1)))
         for axis, (label, picture) in zip(axes, panels, strict=True):
             axis.imshow(picture)
             axis.set_title(label, fontsize=15)
             axis.set_axis_off()
-    figure.savefig(output, dpi=90, pil_kwargs={"quality": 88})
+    for axis, title in zip(grid[0], ["image", "truth", *predictors], strict=True):
+        axis.set_title(f"{title}\n{axis.get_title()}", fontsize=17)
+    figure.savefig(output, dpi=90, pil_kwargs={"quality": 85})
 
 
 if __name__ == "__main__":
