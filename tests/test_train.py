@@ -186,7 +186,7 @@ def test_dry_run_says_what_is_known_and_what_is_not_there(cli: Commands) -> None
     assert "batch           256 = 4 per device x 64 devices x 1 accumulated" in done.out
     assert "512 px: 32 x 32 tokens are padded to 42 x 42 in windows of 14, 72% more work there;" in done.out
     assert "448, 672, 896 fit" in done.out
-    assert "warning: trainer.devices=64, but this machine has" in done.out
+    assert "warning         trainer.devices=64, but this machine has" in done.out
     assert not list(Path.cwd().iterdir())
 
 
