@@ -30,6 +30,7 @@ from convlora.callbacks import ProgressBar
 from convlora.data.module import SegmentationDataModule
 from convlora.metrics.scores import Scores
 from convlora.sam.zoo import Backbone, load_backbone
+from convlora.run import RunCheckpoint
 from convlora.segmenter import Segmenter
 
 Config = dict[str, Any]
@@ -230,7 +231,11 @@ def check_classes(name: str, class_names: Sequence[str], data: SegmentationDataM
 
 
 def check_monitors(callbacks: Mapping[str, Callback], scores: Scores) -> None:
-    """Refuse to watch a score that no validation gives; raises ValueError."""
+    """Refuse to watch a score that no validation gives, or none; raises ValueError."""
+    if not isinstance(callbacks.get("best"), RunCheckpoint):
+        raise ValueError(
+            "callbacks.best must be a convlora.run.RunCheckpoint, which chooses the epoch; leave it"
+        )
     known = [f"val/{name}" for name in ("loss", *scores.names)]
     for name, callback in callbacks.items():
         monitor = getattr(callback, "monitor", None)

@@ -136,12 +136,8 @@ def _loosen(arguments: Sequence[str]) -> list[str]:
     def loosen(argument: str) -> str:
         key = _key(argument)
         is_group = any((folder / key).is_dir() for folder in folders)
-        plain = re.fullmatch(r"\w+(\.[\w+-]+)*", key) and not argument.startswith("~")
-        return (
-            f"++{argument.lstrip('+')}"
-            if plain and not key.startswith("hydra.") and not is_group
-            else argument
-        )
+        is_value = re.fullmatch(r"(?!hydra\.)\w+(\.[\w+-]+)*", key) and argument[0] != "~" and not is_group
+        return f"++{argument.lstrip('+')}" if is_value else argument
 
     return [*options, *map(loosen, given)]
 

@@ -252,7 +252,10 @@ def assign(key: str, value: object) -> str:
 
 def in_shell(key: str, value: object) -> str:
     """Return the same argument as a shell takes it."""
-    return shlex.quote(assign(key, value))
+    argument = assign(key, value)
+    if re.search(r"[\"$`\\!]", argument):
+        return shlex.quote(argument)
+    return f'"{argument}"' if "'" in argument else argument
 
 
 class RunCheckpoint(ModelCheckpoint):
