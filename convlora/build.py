@@ -18,7 +18,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig, OmegaConf
 from pydantic import (
     ConfigDict,
-    PydanticSchemaGenerationError,
     PydanticUserError,
     TypeAdapter,
     ValidationError,
@@ -29,8 +28,8 @@ from torch import Tensor, nn
 from convlora.callbacks import ProgressBar
 from convlora.data.module import SegmentationDataModule
 from convlora.metrics.scores import Scores
-from convlora.sam.zoo import Backbone, load_backbone
 from convlora.run import RunCheckpoint
+from convlora.sam.zoo import Backbone, load_backbone
 from convlora.segmenter import Segmenter
 
 Config = dict[str, Any]
@@ -325,7 +324,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 def _check_type(path: str, value: object, hint: Any) -> None:
     try:
         TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except (PydanticSchemaGenerationError, PydanticUserError, SchemaError, NameError, TypeError):
+    except (PydanticUserError, SchemaError, NameError, TypeError):
         return  # no type that a value could be checked against
     except ValidationError as error:
         first = error.errors()[0]
