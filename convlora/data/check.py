@@ -92,7 +92,7 @@ def list_places(
 
 
 def examine(listed: Iterable[tuple[Place, Sequence[Pair]]]) -> Iterator[Facts | Finding]:
-    """Read all pairs in order; yields the facts of each that can be read, and what is wrong with the others."""
+    """Read all pairs in order; yields the facts of each, or what is wrong with one that cannot be read."""
 
     def look(place: Place, pair: Pair, name: str) -> Facts | Finding:
         try:
