@@ -72,8 +72,9 @@ class SegmentationTask(LightningModule):
         return self.seconds + time.monotonic() - self._started
 
     def on_fit_start(self) -> None:
-        """Start the clock."""
+        """Start the clock; what SAM's own code builds arrives in evaluation mode."""
         self._started = time.monotonic()
+        self.segmenter.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the gate's noise by the position in training, so that a resumed run draws the same."""

@@ -111,6 +111,20 @@ def test_a_step_descends_on_segmentation_plus_balance_loss(tiny: SamViT) -> None
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+def test_what_is_trained_is_in_training_mode_and_what_is_frozen_is_not(tiny: SamViT) -> None:
+    segmenter = adapted(tiny)
+    modes: dict[str, bool] = {}
+    for name, module in segmenter.named_modules():
+        module.register_forward_pre_hook(
+            lambda module, _, name=name: modes.update({name: module.training})  # type: ignore[misc]
+        )
+    trainer = make_trainer(max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(make_task(segmenter, torch.optim.AdamW), scenes())
+    assert modes["mask_decoder.transformer"]
+    assert modes["image_encoder.blocks.0.attn.qkv.gate"]
+    assert not modes["image_encoder.blocks.0"]
+
+
 def test_scores_of_one_pass_leave_nothing_to_the_next(tiny: SamViT) -> None:
     data, other = scenes(), scenes(scene_seed=9)
     task = make_task(adapted(tiny), partial(torch.optim.SGD, lr=0.1))
