@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning import Callback, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig, OmegaConf
 from pydantic import (
     ConfigDict,
@@ -24,7 +25,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import SchemaError
-from torch import nn
+from torch import Tensor, nn
 
 from convlora.callbacks import ProgressBar
 from convlora.data.module import SegmentationDataModule
@@ -103,7 +104,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
             backbone.build(), make("peft", config.peft), make("head", config.head), data.num_classes
         )
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
-    loss = make_loss(config.loss, data.num_classes)
+    loss = make_loss(config.loss, outline)
     optimizer: Optimizer = make("optimizer", config.optimizer)
     callbacks = {
         name: make(f"callbacks.{name}", part) for name, part in config.callbacks.items() if part is not None
@@ -126,14 +127,22 @@ def make_segmenter(
     return segmenter, {"base": backbone.name, "base_sha256": sha256}
 
 
-def make_loss(loss: Config, num_classes: int) -> nn.Module:
-    """Build a loss and try it, so that one for another number of classes is refused before training.
+def make_loss(loss: Config, segmenter: Segmenter) -> nn.Module:
+    """Build a loss and try it, so that one for another head or number of classes is refused before training.
+
+    Args:
+        loss: its section.
+        segmenter: whose head gives the outputs; it may be without storage.
 
     Raises:
-        ValueError: it is not for that many classes.
+        ValueError: it is for another one.
     """
     built: nn.Module = make("loss", loss)
-    built(torch.zeros(1, num_classes, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    prompt = segmenter.dense_prompt
+    with torch.no_grad():
+        outputs = segmenter.mask_decoder.outputs(prompt, segmenter.position_encoding, prompt, (8, 8))
+    zeros = apply_to_collection(outputs, Tensor, lambda part: torch.zeros(part.shape))
+    built(zeros, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     return built
 
 
@@ -333,7 +342,7 @@ def _check_type(path: str, value: object, hint: Any) -> None:
         return  # no type that a value could be checked against
     except ValidationError as error:
         first = error.errors()[0]
-        way_out = f"; write {path}=[{value}]" if first["type"] == "list_type" else ""
+        way_out = f"; write {path}=[{value}]" if first["type"] in ("list_type", "sequence_str") else ""
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise ValueError(f"{path}={value} is not possible: {reason}{way_out}") from error
 

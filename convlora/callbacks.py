@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import BarColumn
 from rich.table import Table
 
 from convlora import draw
@@ -51,7 +52,12 @@ def make_progress(enabled: bool) -> Callback:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar without the logger's version number."""
+    """Lightning's bar within 100 columns: short, without its speed and the logger's version number."""
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Return what is shown of each stage."""
+        description, _, batches, times, _ = super().configure_columns(trainer)
+        return [description, BarColumn(bar_width=12), batches, times]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return what is shown beside the bar."""

@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> None:
     trainer = make_trainer(config.trainer, callbacks, precision=trained.precision, enable_checkpointing=False)
     task = SegmentationTask(
         trained.segmenter,
-        make_loss(config.loss, data.num_classes),
+        make_loss(config.loss, trained.segmenter),
         make("metrics", config.metrics, class_names=data.class_names),
         torch.optim.AdamW,
         trained.metadata,

@@ -36,7 +36,7 @@ class PrepareConfig:
     test_sets: list[str]
     loss: Config
     metrics: Config
-    model: Config | None
+    model: Config | None = None
 
 
 def prepare(config: PrepareConfig) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convlora import IGNORED
 from convlora.heads import Head, PerClass
 from convlora.peft.method import Method
 from convlora.sam.checkpoints import mismatches
@@ -102,6 +103,18 @@ def restore_size(logits: Tensor, content: tuple[int, int], size: tuple[int, int]
     """
     filled = logits[None, :, : content[0], : content[1]]
     return F.interpolate(filled, size=size, mode="bilinear", align_corners=False)[0]
+
+
+def fit_mask(mask: Tensor, content: tuple[int, int], size: int) -> Tensor:
+    """Bring a mask [h, w] of an image's own size to the network's input [size, size], as training does.
+
+    Args:
+        mask: class ids, uint8.
+        content: height and width that the image fills at the input's top left; what is beside it is ignored.
+        size: side of the input.
+    """
+    filled = F.interpolate(mask[None, None], size=content, mode="nearest-exact")[0, 0]
+    return F.pad(filled, (0, size - content[1], 0, size - content[0]), value=IGNORED)
 
 
 class Prediction(NamedTuple):

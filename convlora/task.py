@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from numpy.typing import NDArray
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from convlora import IGNORED
 from convlora.data.module import Batch
 from convlora.metrics.scores import Scores
 from convlora.peft.method import aux_loss
-from convlora.segmenter import Segmenter, restore_size, to_prediction
+from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction
 
 
 class SegmentationTask(LightningModule):
@@ -26,7 +24,7 @@ class SegmentationTask(LightningModule):
 
     Args:
         segmenter: the model.
-        loss: of the head's outputs against class ids [n, 1, h, w].
+        loss: of the head's outputs against class ids [n, 1, h, w]; a mean over images.
         scores: fed one image at a time.
         optimizer: makes the optimiser from groups of parameters.
         metadata: what an adapter file says of itself, kept in every Lightning checkpoint.
@@ -180,7 +178,9 @@ class SegmentationTask(LightningModule):
         logits = self.segmenter.logits(outputs)
         at_native_size = isinstance(outputs, Tensor)  # the logits, which can be brought to any size
         if not at_native_size:
-            mean_loss.update(self.loss(outputs, at_network_size(batch)), weight=len(batch.images))
+            side = batch.images.shape[-1]
+            masks = [fit_mask(*pair, side) for pair in zip(batch.masks, batch.contents, strict=True)]
+            mean_loss.update(self.loss(outputs, torch.stack(masks)[:, None]), weight=len(masks))
         for name, mask, content, logit in zip(batch.names, batch.masks, batch.contents, logits, strict=True):
             native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
             if at_native_size:
@@ -214,14 +214,6 @@ class SegmentationTask(LightningModule):
         mean_loss = self.mean_loss[stage]
         assert isinstance(mean_loss, MeanMetric)
         return self.scores_of(stage), mean_loss
-
-
-def at_network_size(batch: Batch) -> Tensor:
-    """Return masks [n, 1, s, s] of a batch whose masks have the images' own sizes; padding is ignored."""
-    masks = batch.images.new_full((len(batch.images), 1, *batch.images.shape[2:]), IGNORED, dtype=torch.uint8)
-    for whole, mask, (height, width) in zip(masks, batch.masks, batch.contents, strict=True):
-        whole[:, :height, :width] = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0]
-    return masks
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

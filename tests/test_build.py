@@ -21,13 +21,24 @@ def test_unknown_key_names_its_section_and_the_nearest_key() -> None:
     ("changes", "message"),
     [
         ({"rank": "abc"}, r"^peft.rank=abc is not possible: input should be a valid integer"),
+        ({"interpolation": "nearest"}, r"^peft.interpolation=nearest is not possible: .*'bicubic' or 'bili"),
         ({"targets": 5}, r"^peft.targets=5 is not possible: "),
+        ({"targets": "qkv"}, r"^peft.targets=qkv is not possible: .*; write peft.targets=\[qkv\]"),
+        ({"blocks": "all"}, r"^peft.blocks=all is not possible: .*; write peft.blocks=\[all\]"),
         ({"_target_": "convlora.peft.nothing.Here"}, r"^peft: there is no convlora.peft.nothing.Here"),
     ],
 )
 def test_wrong_types_and_targets_name_their_section(changes: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make("peft", {**PEFT, **changes})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("frozen_dtype", "int8"), ("activation_checkpointing", "maybe"), ("image_size", 3.5)]
+)
+def test_a_backbones_settings_have_types(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^model.{key}={value} is not possible: input should be "):
+        make("model", {"_target_": "convlora.sam.zoo.MobileSam", "name": "mobile_sam", key: value})
 
 
 def test_what_a_target_raises_reaches_the_user_unwrapped() -> None:

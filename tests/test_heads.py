@@ -1,22 +1,32 @@
 """What every head in conf/head must do, and one that is not there: class logits and masks of queries."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 from hydra.utils import instantiate
+from lightning import Trainer
 from segment_anything.modeling import MaskDecoder as SamMaskDecoder
 from segment_anything.modeling import TwoWayTransformer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from convlora import IGNORED
+from convlora.build import make_loss
+from convlora.data.samples import Batch
+from convlora.data.transforms import LongestSideResize
 from convlora.heads import Head, MaskDecoder, PerClass
+from convlora.losses import CrossEntropyDiceLoss
+from convlora.metrics.scores import Scores
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.selective import DecoderOnly
 from convlora.sam.zoo import SamViT
-from convlora.segmenter import Segmenter
+from convlora.segmenter import Segmenter, fit_mask
+from convlora.task import SegmentationTask
 
 
 class Queries(NamedTuple):
@@ -51,11 +61,11 @@ class QueryDecoder(MaskDecoder):
 
 def set_loss(outputs: Queries, masks: Tensor) -> Tensor:
     """Cross-entropy of the queries' classes and masks, where query i stands for class i."""
-    ids = masks[:, 0].long()
-    own = nn.functional.one_hot(ids, outputs.classes.shape[2]).movedim(-1, 1).float()
+    own = torch.cat([masks == index for index in range(outputs.classes.shape[2])], dim=1).float()
+    valid = (masks != IGNORED).float()
     classes = outputs.classes[:, : own.shape[1]].softmax(-1).diagonal(dim1=1, dim2=2)
-    masks = outputs.masks[:, : own.shape[1]]
-    return nn.functional.binary_cross_entropy_with_logits(masks, own) - classes.log().mean()
+    found = outputs.masks[:, : own.shape[1]]
+    return nn.functional.binary_cross_entropy_with_logits(found, own, valid) - classes.log().mean()
 
 
 CONF = [
@@ -175,3 +185,58 @@ def test_names_of_trained_tensors_are_those_of_saved_adapters(tiny: SamViT) -> N
         "mask_decoder.mask_tokens.weight",
         "mask_decoder.output_hypernetworks_mlps.1.layers.0.weight",
     } <= names
+
+
+class SetLoss(nn.Module):
+    def forward(self, outputs: Queries, masks: Tensor) -> Tensor:
+        return set_loss(outputs, masks)
+
+
+@pytest.mark.parametrize(("head", "loss"), [(PerClass(), CrossEntropyDiceLoss()), (QueryHead(), SetLoss())])
+def test_the_loss_sees_outputs_and_masks_of_one_size(
+    head: Head, loss: nn.Module, tiny: SamViT, tmp_path: Path
+) -> None:
+    """In evaluation that of the image if they are logits, that of the network's input if they are more."""
+    torch.manual_seed(0)
+    resize, sizes, names = LongestSideResize(32), [(40, 60), (20, 11)], ["a", "b"]
+    contents = [resize.content(*size) for size in sizes]
+    masks = [torch.randint(0, 2, size, dtype=torch.uint8) for size in sizes]
+    fitted = [fit_mask(mask, content, 32) for mask, content in zip(masks, contents, strict=True)]
+    images = torch.randn(2, 3, 32, 32)
+    calls: list[tuple[Any, Tensor]] = []
+    loss.register_forward_pre_hook(lambda _, args: calls.append(args))
+    scores = Scores("miou", "max", {"classes": "convlora.metrics.classes.ClassScores"}, names)
+    segmenter = Segmenter(tiny.build(), ConvLoRA(), head, 2)
+    task = SegmentationTask(segmenter, loss, scores, torch.optim.AdamW, {}, {})
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **quiet)  # type: ignore[arg-type]
+    trainer.fit(task, DataLoader([Batch(images, fitted, contents, names)], batch_size=None))
+    [(outputs, given)] = calls
+    assert torch.equal(given[:, 0], torch.stack(fitted))
+    calls.clear()
+    trainer.test(task, DataLoader([Batch(images, masks, contents, names)], batch_size=None), verbose=False)
+    if isinstance(outputs, Tensor):
+        assert [tuple(given.shape[2:]) for _, given in calls] == sizes
+        assert [tuple(logits.shape[2:]) for logits, _ in calls] == sizes
+    else:
+        [(_, given)] = calls
+        assert torch.equal(given[:, 0], torch.stack(fitted))
+    mean = sum(len(given) * loss(outputs, given) for outputs, given in list(calls)) / 2
+    assert trainer.callback_metrics["test/loss"] == pytest.approx(mean.item())
+
+
+@heads
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_a_loss_is_tried_on_what_the_head_gives(
+    make: Callable[[], Head], num_classes: int, tiny: SamViT
+) -> None:
+    with torch.device("meta"):
+        outline = Segmenter(tiny.build(), DecoderOnly(), make(), num_classes)
+    loss = {"_target_": "test_heads.SetLoss" if make is QueryHead else "convlora.losses.StructureLoss"}
+    if make is QueryHead or num_classes == 1:
+        make_loss(loss, outline)
+    else:
+        with pytest.raises(ValueError, match="for a foreground, here are 3 classes"):
+            make_loss(loss, outline)

@@ -1,18 +1,20 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import from_conf
 from literal import as_released
 from segment_anything.modeling import ImageEncoderViT
 
+from convlora.data.transforms import LongestSideResize, Resize, SquareResize, eval_transform
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA
 from convlora.peft.method import Method, aux_loss
 from convlora.peft.selective import DecoderOnly
 from convlora.sam.zoo import MobileSam, SamViT
-from convlora.segmenter import Segmenter, restore_size, to_prediction
+from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction
 
 
 def name_it(name: str) -> Callable[[str], str]:
@@ -105,6 +107,14 @@ def test_restored_logits_cover_the_image_and_not_the_padding() -> None:
     assert native.shape == (1, 40, 80)
     assert (native[:, :, :38] > 0).all()
     assert (native[:, :, 42:] < 0).all()
+
+
+@pytest.mark.parametrize("resize", [SquareResize(32), LongestSideResize(32)])
+@pytest.mark.parametrize("size", [(40, 80), (71, 53), (20, 11)])
+def test_fitted_masks_are_those_of_training(resize: Resize, size: tuple[int, int]) -> None:
+    mask = np.random.default_rng(0).integers(0, 5, size, np.uint8)
+    expected = eval_transform(resize)(image=np.zeros((*size, 3), np.uint8), mask=mask)["mask"]
+    assert fit_mask(torch.from_numpy(mask), resize.content(*size), 32).tolist() == expected.tolist()
 
 
 def test_foreground_is_found_exactly_where_its_probability_is_at_least_one_half() -> None:

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,13 +38,28 @@ def same(one: Weights, other: Weights) -> bool:
 def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) -> None:
     done = cli(train, *SMALL, "run_dir=run", "trainer.accumulate_grad_batches=2")
     assert done.code == 0, done.err
-    lines = done.out.splitlines()
     state = load_file("run/adapter.safetensors")
     trainable = sum(value.numel() for value in state.values())
-    assert f"{trainable:,} trainable of" in lines[0]
-    assert "64 x 64" in lines[1]
-    assert "4 = 2 per device x 1 device x 2 accumulated" in lines[2]
-    assert lines[3].endswith("/run")
+    said = {line[:16].strip(): line[16:] for line in done.out.splitlines()}
+    assert said["data"] == "synthetic: 10 train, 3 val, 5 test images; classes object"
+    assert said["model"] == "sam_tiny at 64 px, random weights"
+    assert said["parameters"].startswith(f"{trainable:,} trainable of ")
+    assert said["method"].startswith("ConvLoRA(gate=NoisyTopK(top_k=1), rank=3, alpha=32.0, num_experts=8")
+    assert said["loss"] == "StructureLoss(boundary_weighted=True)"
+    assert said["scores"].startswith("dice, iou, mae, ")
+    assert "val/dice (max) chooses the epoch" in done.out
+    assert said["optimiser"].startswith("AdamW(lr=0.001, weight_decay=0.0001, ")
+    assert said["schedule"] == "2 epochs of 3 steps, 6 in all"
+    assert said["precision"] == "32-true"
+    assert said["devices"] == "1 x cpu"
+    assert said["batch"] == "4 = 2 per device x 1 device x 2 accumulated"
+    assert said["run folder"] == "run"
+    assert all(len(line) <= 100 for line in done.out.splitlines() if not line.startswith("epoch"))
+    epochs = re.findall(
+        r"^epoch (\d)/2  0:\d\d  train/loss \d.+  val/dice (0\.\d+)  best (0\.\d+)$", done.out, re.M
+    )
+    assert [number for number, _, _ in epochs] == ["1", "2"]
+    assert epochs[1][2] == max(epochs[0][1], epochs[1][1])
     assert "weighted_f_measure" in done.out
     left = {path.name for path in Path("run").iterdir()}
     assert left >= {
@@ -162,19 +178,36 @@ def test_resuming_with_other_settings_is_refused(cli: Commands, change: str, mes
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_dry_run_needs_no_weights_and_no_data(cli: Commands) -> None:
-    done = cli(train, "dry_run=true", "model=sam_vit_h", "dataset=kvasir", "run_dir=run")
+def test_dry_run_says_what_is_known_and_what_is_not_there(cli: Commands) -> None:
+    done = cli(train, "dry_run=true", "model=sam_vit_h", "model.image_size=512", "dataset=kvasir",
+               "trainer.devices=64", "model.weights=nowhere.pth", "run_dir=a/run")  # fmt: skip
     assert done.code == 0, done.err
     assert "4,020,096 trainable of" in done.out
-    assert "1024 x 1024" in done.out
-    assert not Path("run/last.ckpt").exists()
+    assert "data            not there yet: kvasir: no train.csv under data/polyp; run `python -m" in done.out
+    assert "model           sam_vit_h at 512 px, weights nowhere.pth (no such file)" in done.out
+    assert "scores          dice, iou, dice_pooled" in done.out
+    assert "batch           256 = 4 per device x 64 devices x 1 accumulated" in done.out
+    assert "512 px: 32 x 32 tokens are padded to 42 x 42 in windows of 14, 72% more work there;" in done.out
+    assert "448, 672, 896 fit" in done.out
+    assert "warning         trainer.devices=64, but this machine has" in done.out
+    assert not list(Path.cwd().iterdir())
 
 
-def test_misspelt_key_on_the_command_line_is_named(cli: Commands) -> None:
-    done = cli(train, *QUIET, "peft.rnak=3")
+def test_more_devices_than_there_are_is_an_error(cli: Commands) -> None:
+    make_folder(grey_in="none")
+    done = cli(train, *OWN_FOLDER, "trainer.accelerator=auto", "trainer.devices=64", "run_dir=run")
     assert done.code == 1
-    assert "peft.rnak" in done.err
-    assert "Traceback" not in done.err
+    there = torch.cuda.device_count()
+    assert f"error: trainer.devices=64, but this machine has {there} GPUs; " in done.err
+    assert not Path("run").exists()
+
+
+def test_random_weights_on_real_images_are_shouted_about(cli: Commands) -> None:
+    make_folder(grey_in="none")
+    shout = "WARNING: sam_tiny HAS RANDOM WEIGHTS, SO THIS TRAINS A TOY ON REAL IMAGES."
+    assert shout in cli(train, *OWN_FOLDER, "dry_run=true").out
+    assert "WARNING" not in cli(train, "dry_run=true").out
+    assert "WARNING" not in cli(train, *OWN_FOLDER, "dry_run=true", "model.weights=nowhere.pth").out
 
 
 @pytest.mark.parametrize(
@@ -182,7 +215,7 @@ def test_misspelt_key_on_the_command_line_is_named(cli: Commands) -> None:
     [
         ("dataset/mine.yaml", {"_target_": "convlora.data.sets.folder.Folder", "nmae": "mine"},
          "dataset: unknown key 'nmae'; did you mean 'name'?"),
-        ("experiment/mine.yaml", {"sead": 3}, "train: unknown key 'sead'; did you mean 'seed'?"),
+        ("experiment/mine.yaml", {"sead": 3}, "error: unknown key 'sead'; did you mean 'seed'?"),
         ("experiment/mine.yaml", {"peft": {"num_expert": 3}},
          "peft: unknown key 'num_expert'; did you mean 'num_experts'?"),
     ],
@@ -206,7 +239,7 @@ def test_experiment_file_in_the_wrong_package_is_refused(cli: Commands, tmp_path
     (tmp_path / "conf/experiment/mine.yaml").write_text("peft: {rank: 7}\n")
     done = cli(train, "--config-dir", str(tmp_path / "conf"), "experiment=mine", *QUIET, "run_dir=run")
     assert done.code == 1
-    assert "train: unknown key 'experiment'" in done.err
+    assert "error: unknown key 'experiment'" in done.err
 
 
 def test_a_score_that_does_not_exist_cannot_be_watched(cli: Commands) -> None:
@@ -229,6 +262,7 @@ OWN_FOLDER = (
     *(option for option in QUIET if not option.startswith("dataset.")),
     "dataset=folder",
     "data_root=mine",
+    "model=sam_tiny",
 )
 
 
@@ -238,7 +272,7 @@ def test_a_bad_mask_is_one_line_even_from_a_loader_process(cli: Commands) -> Non
     assert done.code == 1
     last = done.err.splitlines()[-1]
     assert last.startswith("error: mine/train/masks/")
-    assert "dataset.threshold=127" in last
+    assert "for background and 255 for foreground" in last
     assert "Traceback" not in done.err
 
 

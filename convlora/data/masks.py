@@ -43,10 +43,6 @@ class Masks:
 
     def __post_init__(self) -> None:
         """Check the settings against each other."""
-        if isinstance(self.class_names, str):
-            raise ValueError(
-                f"dataset.class_names={self.class_names} must be a list; write [{self.class_names}]"
-            )
         count = len(self.class_names)
         if not 1 <= count <= MAX_CLASSES or len(set(self.class_names)) < count:
             raise ValueError(

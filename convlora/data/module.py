@@ -161,11 +161,6 @@ class SegmentationDataModule(LightningDataModule, ABC):
         images = [pair.image for pair in self.listed(split)]
         return [(i.relative_to(self.root) if i.is_relative_to(self.root) else i).as_posix() for i in images]
 
-    def batch(self, split: Split, indices: Sequence[int]) -> Batch:
-        """Load samples of a split as evaluation does: not augmented, masks at their own size."""
-        samples = self._eval_samples(split)
-        return collate([samples[index] for index in indices])
-
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the shuffled and augmented training images."""
         pairs, names = self.listed("train"), self.names("train")
@@ -185,11 +180,8 @@ class SegmentationDataModule(LightningDataModule, ABC):
         """Return the test images in order, each on one rank only."""
         return self._eval_loader("test")
 
-    def _eval_samples(self, split: Split) -> EvalSamples:
-        return EvalSamples(self.listed(split), self.names(split), self.loading.resize, self.read)
-
     def _eval_loader(self, split: Split) -> DataLoader[Sample]:
-        samples = self._eval_samples(split)
+        samples = EvalSamples(self.listed(split), self.names(split), self.loading.resize, self.read)
         rank, world_size = self._rank()
         if len(samples) < world_size:
             raise ValueError(

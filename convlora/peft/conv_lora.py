@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from convlora.peft.conv_experts import POINTS, Activation, ConvExperts, Interpolation
+from convlora.peft.conv_experts import Activation, ConvExperts, Interpolation
 from convlora.peft.gating import Gate, NoisyTopK
 from convlora.peft.lora import LoRALinear
 from convlora.peft.method import LinearMethod
@@ -104,8 +104,6 @@ class ConvLoRAEquation(LinearMethod):
             raise ValueError(f"peft.num_experts={self.num_experts} must be at least 1")
         if not isinstance(self.gate, Gate):
             raise ValueError(f"peft.gate={self.gate} is no gate; choose one such as peft/gate=noisy_top_k")
-        if self.interpolation not in POINTS:
-            raise ValueError(f"peft.interpolation={self.interpolation} must be one of {', '.join(POINTS)}")
 
     def adapt(self, layer: nn.Linear) -> ConvLoRAEquationLinear:
         """Return the layer with a mixture in its update."""

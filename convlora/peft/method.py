@@ -73,8 +73,6 @@ def _is_named(name: str, target: str) -> bool:
 def _chosen_blocks(names: Sequence[str], indices: Sequence[int]) -> list[str]:
     """Return the prefixes, such as `blocks.3.`, of the blocks at `indices`."""
     blocks = list(dict.fromkeys(block for name in names if (block := _block(name))))
-    if isinstance(indices, str) or not all(isinstance(index, int) for index in indices):
-        raise ValueError(f"peft.blocks={indices} must list indices such as [0,1] or [-1], or be null for all")
     if not indices:
         raise ValueError("peft.blocks is empty, so nothing would be adapted; null adapts all blocks")
     for index in indices:

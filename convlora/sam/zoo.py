@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class Backbone(ABC):
     image_size: int = 1024
     weights: str | None = None
     url: str | None = None
-    frozen_dtype: str = "float32"
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
 
     # Of the architecture; no fields, unless a variant makes them its own.
@@ -77,14 +77,6 @@ class Backbone(ABC):
             raise ValueError(
                 f"{self.name}: model.image_size={size} is not a positive multiple of the patch size {patch}; "
                 f"try model.image_size={max(1, round(size / patch)) * patch}"
-            )
-        if self.frozen_dtype not in FROZEN_DTYPES:
-            raise ValueError(
-                f"model.frozen_dtype={self.frozen_dtype} must be one of {', '.join(FROZEN_DTYPES)}"
-            )
-        if not isinstance(self.activation_checkpointing, bool):
-            raise ValueError(
-                f"model.activation_checkpointing={self.activation_checkpointing} must be true or false"
             )
 
     @abstractmethod

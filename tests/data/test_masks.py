@@ -221,7 +221,6 @@ def test_a_colour_mask_without_colours_is_told_the_way_out(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"class_names": "coin"}, r"class_names=coin must be a list; write \[coin\]"),
         ({"class_names": []}, r"class_names=\[\]: name 1 to 255 classes"),
         ({"class_names": ["a", "a"]}, "each once"),
         (

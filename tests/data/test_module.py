@@ -118,11 +118,6 @@ def test_evaluation_keeps_each_mask_as_the_file_has_it(root: Path) -> None:
                 assert content == data.loading.resize.content(*file.shape)
 
 
-def test_batch_equals_what_the_loader_gives(root: Path) -> None:
-    data = quadrants(root)
-    assert equal([data.batch("val", range(4))], [next(iter(data.val_dataloader()))])
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_takes_each_image_once_over_all_ranks(
     root: Path, world_size: int, monkeypatch: pytest.MonkeyPatch

@@ -150,8 +150,6 @@ def test_impossible_mixtures_are_refused(method: type[ConvLoRA | ConvLoRAEquatio
             ValueError, match=r"peft.gate=.* is no gate; choose one such as peft/gate=noisy_top_k"
         ):
             method(gate=no_gate)
-    with pytest.raises(ValueError, match=r"peft.interpolation=nearest must be one of bicubic, bilinear"):
-        method(interpolation="nearest")
 
 
 def test_the_equation_has_no_alpha() -> None:

@@ -148,13 +148,6 @@ def test_frozen_weights_in_half_precision_give_the_same_under_autocast(tiny: Sam
     assert {p.dtype for p in half.mask_decoder.parameters()} == {torch.float32}
 
 
-def test_impossible_memory_savers_are_refused(tiny: SamViT) -> None:
-    with pytest.raises(ValueError, match=r"model.frozen_dtype=int8 must be one of float32, bfloat16"):
-        replace(tiny, frozen_dtype="int8")
-    with pytest.raises(ValueError, match=r"model.activation_checkpointing=maybe must be true or false"):
-        replace(tiny, activation_checkpointing="maybe")
-
-
 def padding(backbone: Backbone) -> float:
     """How many times its own tokens the attention of a block sees, at most."""
     with torch.device("meta"):

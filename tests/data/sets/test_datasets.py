@@ -139,7 +139,7 @@ def test_data_set_loads_from_its_real_layout(name: str, tmp_path: Path) -> None:
             assert mask.max() < max(2, data.num_classes)
     names = [name for split in data.splits for name in data.names(split)]
     assert len(set(names)) == len(names)
-    batch = data.batch("test", range(3))
+    batch = next(iter(data.test_dataloader()))
     assert batch.images.shape == (3, 3, 16, 16)
     if "train" in data.splits:
         assert len(next(iter(data.train_dataloader())).masks) == min(data.loading.batch_size, SIZES["train"])

@@ -1,0 +1,128 @@
+"""What a user types, and what a mistake is answered with."""
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from composed import compose, names
+from conftest import SMALL, Commands
+
+from convlora import evaluate, export, predict, prepare, train
+from convlora.cli import FOLDER_NAME, folder_name
+from convlora.run import assign
+
+QUIET = (*SMALL, "logger=csv", "trainer.max_epochs=1")
+
+
+def one_line(err: str) -> str:
+    """The last line, where a mistake is told; no other one is hydra's, and nothing is a traceback."""
+    assert "Traceback" not in err
+    assert "hydra" not in err.lower()
+    return err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (train, "peft.rnak=3", "peft: unknown key 'rnak'; did you mean 'rank'? it takes "),
+        (train, "sead=3", "unknown key 'sead'; did you mean 'seed'? it takes "),
+        (train, "datset=kvasir", "unknown key 'datset'; did you mean 'dataset'?"),
+        (train, "trainer.max_epoch=3", "trainer: unknown key 'max_epoch'; did you mean 'max_epochs'?"),
+        (train, "dataset=kvasirr", "dataset=kvasirr: there is none of that name; did you mean 'kvas"),
+        (train, "peft=nothing", "peft=nothing: there is none of that name; there are conv_lora, "),
+        (train, "peft=lora peft/gate=noisy_top_k", "peft/gate=... is for methods with experts"),
+        (train, "seed=abc", "seed=abc is not possible: input should be a valid integer"),
+        (train, "seed=-1", "seed=-1 must be 0 to 4294967295"),
+        (train, "trainer.max_epochs=ten", "trainer.max_epochs=ten is not possible: input should be"),
+        (train, "optimizer.lr=fast", "optimizer.lr=fast is not possible: input should be a valid"),
+        (train, "loading.batch_size=0", "loading.batch_size=0 must be at least 1"),
+        (train, "test_sets=nc4k", "test_sets=nc4k is not possible: input should be a valid list; "),
+        (train, "dataset=folder", "folder: neither images nor splits in data; set data_root=YOUR_FOLDER"),
+        (train, "dataset.batch_size=2", "dataset.batch_size has another name by now: write loading."),
+        (train, "dataset.cache=ram", "dataset.cache has another name by now: write loading.cache"),
+        (train, "peft.top_k=2", "peft.top_k has another name by now: write peft.gate.top_k"),
+        (train, "model.head=per_class", "model.head has another name by now: write head"),
+        (train, "early_stopping.patience=3", "early_stopping has another name by now: write callbacks."),
+        (train, "ckpt_path=last", "ckpt_path has another name by now: write resume=RUN"),
+        (evaluate, "checkpoint=run", "dataset=NAME must be given; there are aerial, "),
+        (evaluate, "checkpoint=run peft=lora dataset=synthetic", "evaluate takes no peft=...; there "),
+        (predict, "input=a output=b", "checkpoint must be given; write checkpoint=VALUE"),
+        (predict, "checkpoint=nowhere input=a.png output=b", "no adapter at nowhere; a training run"),
+        (export, "checkpoint=nowhere", "checkpoint=nowhere: no nowhere/best.ckpt; name the folder"),
+        (prepare, "dataset=isic2018", "dataset=isic2018: there is none of that name; did you mean 'isic"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_the_key(
+    cli: Commands, module: ModuleType, arguments: str, message: str
+) -> None:
+    Path("a.png").write_bytes(b"")
+    done = cli(module, *(["dataset=synthetic"] if arguments.startswith("peft") else []), *arguments.split())
+    assert done.code == 1
+    assert one_line(done.err).startswith(f"error: {message}")
+    assert [path.name for path in Path.cwd().iterdir()] == ["a.png"]
+
+
+def test_any_argument_of_lightnings_trainer_is_taken_as_it_is(cli: Commands) -> None:
+    done = cli(train, *QUIET, "trainer.limit_train_batches=2", "+trainer.limit_val_batches=1", "run_dir=run")
+    assert done.code == 0, done.err
+    assert "1 epochs of 2 steps, 2 in all" in done.out
+    assert "\n0,1," in Path("run/metrics.csv").read_text()
+
+
+COMMANDS = {"train": (), "evaluate": ("checkpoint=run",), "prepare": ()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("dataset", names("dataset"))
+def test_every_data_set_composes_under_every_command(command: str, dataset: str) -> None:
+    """An override that a data set makes is an error where its group is not listed."""
+    config = compose(command, f"dataset={dataset}", *COMMANDS[command])
+    assert config.dataset._target_.startswith("convlora.data.sets.")
+    if command != "prepare":
+        several = len(config.dataset.class_names) > 1
+        assert several == (config.loss._target_ == "convlora.losses.CrossEntropyDiceLoss")
+        assert several == (config.metrics.primary == "miou")
+
+
+def test_a_real_data_set_is_trained_with_a_real_model_and_the_papers_optimiser() -> None:
+    config = compose("train", "dataset=kvasir", "trainer.devices=4")
+    assert config.model.name == "sam_vit_b"
+    assert (config.optimizer.lr, config.trainer.max_epochs, config.trainer.accelerator) == (1e-4, 30, "auto")
+    toy = compose("train")
+    assert toy.model.name == "sam_tiny"
+    assert (toy.optimizer.lr, toy.trainer.max_epochs, toy.trainer.accelerator) == (3e-3, 5, "cpu")
+    for choice in (["model=sam_vit_h"], ["dataset=kvasir", "model=sam_tiny"]):
+        mixed = compose("train", *choice)
+        assert mixed.model.name == choice[-1].removeprefix("model=")
+        assert (mixed.optimizer.lr, mixed.trainer.max_epochs, mixed.trainer.accelerator) == (1e-4, 30, "auto")
+
+
+@pytest.mark.parametrize(
+    "path", ["run", "outputs/a/2026-11-25_10-00-00", "my run", "a=b", "it's", 'a "b"', "c,d", "e\\f", "[g]"]
+)
+def test_a_folder_is_given_as_it_is_called(path: str) -> None:
+    with_config = compose("export", assign("checkpoint", path))
+    assert with_config.checkpoint == path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("++peft.num_experts=4,++peft.rank=2", "peft.num_experts-4_peft.rank-2"),
+        ("++seed=0,peft/gate=noisy_top_k", "seed-0_peft.gate-noisy_top_k"),
+        ("", "defaults"),
+    ],
+)
+def test_a_sweeps_folders_tell_their_overrides(overrides: str, name: str) -> None:
+    assert folder_name(overrides) == name
+
+
+@pytest.mark.parametrize(
+    "overrides", ["++peft.blocks=[-1]", "++name=it's mine", "++x=" + 99 * "long", "++n=ü"]
+)
+def test_a_sweeps_folders_can_be_pasted_and_never_collide(overrides: str) -> None:
+    name = folder_name(overrides)
+    assert re.fullmatch(rf"[A-Za-z0-9._-]{{1,{FOLDER_NAME}}}", name)
+    others = {folder_name(overrides + end) for end in ("'", " ", "é", "]", "[")}
+    assert len(others | {name}) == 6
