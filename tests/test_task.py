@@ -104,9 +104,11 @@ def test_a_step_descends_on_segmentation_plus_balance_loss(tiny: SamViT) -> None
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-7, msg=name)
     assert all(gate.weight.grad.abs().max() > 1e-3 for gate in gates)  # type: ignore[union-attr]
 
-    native = [segmenter.eval()(data.batch("val", [i]).images) for i in range(3)]
-    masks = [data.batch("val", [i]).masks[0][None, None] for i in range(3)]
-    losses = [StructureLoss()(*pair).item() for pair in zip(native, masks, strict=True)]
+    losses = [
+        StructureLoss()(logit[None], mask[None, None]).item()
+        for batch in data.val_dataloader()
+        for logit, mask in zip(segmenter.eval()(batch.images), batch.masks, strict=True)
+    ]
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(segmentation.item(), rel=1e-5)
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(np.mean(losses), rel=1e-5)
 
@@ -118,7 +120,7 @@ def test_what_is_trained_is_in_training_mode_and_what_is_frozen_is_not(tiny: Sam
         module.register_forward_pre_hook(
             lambda module, _, name=name: modes.update({name: module.training})  # type: ignore[misc]
         )
-    trainer = make_trainer(max_epochs=1, num_sanity_val_steps=0)
+    trainer = make_trainer(max_epochs=1, limit_val_batches=0)
     trainer.fit(make_task(segmenter, torch.optim.AdamW), scenes())
     assert modes["mask_decoder.transformer"]
     assert modes["image_encoder.blocks.0.attn.qkv.gate"]
