@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ MOVED = {
 }
 SEEDS = 2**32
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -94,6 +97,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     data: SegmentationDataModule = make("dataset", config.dataset, loading=loading)
     tests = [data, *make_test_sets(config.test_sets, config_name, data)]
     backbone: Backbone = make("model", config.model)
+    check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     with torch.device("meta"):
         outline = Segmenter(
@@ -194,6 +198,8 @@ def make_trainer(config: Config, callbacks: Sequence[Callback], **given: Any) ->
         enable_progress_bar=any(isinstance(each, ProgressBar) for each in callbacks),
         **given,
     )
+    if trainer.is_global_zero:
+        say_precision(str(given.get("precision", config["precision"])), str(trainer.precision))
     return trainer
 
 
@@ -240,6 +246,18 @@ def check_monitors(callbacks: Mapping[str, Callback], scores: Scores) -> None:
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor not in known:
             raise ValueError(f"callbacks.{name}.monitor={monitor} is not one of {', '.join(known)}")
+
+
+def check_precision(key: str, precision: str) -> None:
+    """Refuse to hold what is trained in half precision; raises ValueError."""
+    if is_half(precision) and precision.endswith("-true"):
+        raise ValueError(f"{key}={precision} rounds what is trained; set bf16-mixed")
+
+
+def say_precision(wanted: str, taken: str) -> None:
+    """Tell a user whose device does not compute in the precision that was asked for."""
+    if wanted.startswith("16") and taken.startswith("bf16"):
+        log.warning("precision=%s is for GPUs; the CPU computes in %s", wanted, taken)
 
 
 def check_frozen_dtype(model: Config, precision: str) -> None:

@@ -207,6 +207,7 @@ def _quiet() -> None:
         "Found .* in eval mode at the start of training",  # the frozen ones are meant to be
         "The number of training batches .* is smaller than the logging interval",
         "It is recommended to use .self.log.*sync_dist",  # the scores are already those of all ranks
+        "You passed .* but AMP with fp16 is not supported on CPU",  # said by `build.say_precision`
         "Experiment logs directory",
         "Checkpoint directory .* exists and is not empty",
     ):
