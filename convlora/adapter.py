@@ -12,7 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from convlora.build import CONF, Config, is_half, make, make_segmenter
+from convlora.build import (
+    CONF,
+    Config,
+    check_precision,
+    is_half,
+    make,
+    make_segmenter,
+    say_precision,
+)
 from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import Resize
 from convlora.draw import colors_of
@@ -118,6 +126,7 @@ def load(
             f"device={device} or precision={adapter.precision} cannot be used ({reason}); use device=auto, "
             "cpu or cuda, and precision=32-true, bf16-mixed or 16-mixed"
         ) from error
+    say_precision(adapter.precision, str(fabric._precision.precision))
     return Predictor(segmenter, adapter.resize, adapter.class_colors, fabric.autocast)
 
 
@@ -163,6 +172,7 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
     if weights is not None:
         parts["model"]["weights"] = weights
     precision = precision or metadata["precision"]
+    check_precision("precision", precision)
     if not is_half(precision):
         parts["model"]["frozen_dtype"] = "float32"
     names, colors = json.loads(metadata["class_names"]), json.loads(metadata["class_colors"])

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig, OmegaConf
 from pydantic import (
     ConfigDict,
-    PydanticSchemaGenerationError,
     PydanticUserError,
     TypeAdapter,
     ValidationError,
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from convlora.callbacks import ProgressBar
 from convlora.data.module import SegmentationDataModule
 from convlora.metrics.scores import Scores
+from convlora.run import RunCheckpoint
 from convlora.sam.zoo import Backbone, load_backbone
 from convlora.segmenter import Segmenter
 
@@ -51,6 +52,8 @@ MOVED = {
     "ckpt_path": "resume=RUN",
 }
 SEEDS = 2**32
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     data: SegmentationDataModule = make("dataset", config.dataset, loading=loading)
     tests = [data, *make_test_sets(config.test_sets, config_name, data)]
     backbone: Backbone = make("model", config.model)
+    check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     with torch.device("meta"):
         outline = Segmenter(
@@ -194,6 +198,8 @@ def make_trainer(config: Config, callbacks: Sequence[Callback], **given: Any) ->
         enable_progress_bar=any(isinstance(each, ProgressBar) for each in callbacks),
         **given,
     )
+    if trainer.is_global_zero:
+        say_precision(str(given.get("precision", config["precision"])), str(trainer.precision))
     return trainer
 
 
@@ -230,12 +236,28 @@ def check_classes(name: str, class_names: Sequence[str], data: SegmentationDataM
 
 
 def check_monitors(callbacks: Mapping[str, Callback], scores: Scores) -> None:
-    """Refuse to watch a score that no validation gives; raises ValueError."""
+    """Refuse to watch a score that no validation gives, or none; raises ValueError."""
+    if not isinstance(callbacks.get("best"), RunCheckpoint):
+        raise ValueError(
+            "callbacks.best must be a convlora.run.RunCheckpoint, which chooses the epoch; leave it"
+        )
     known = [f"val/{name}" for name in ("loss", *scores.names)]
     for name, callback in callbacks.items():
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor not in known:
             raise ValueError(f"callbacks.{name}.monitor={monitor} is not one of {', '.join(known)}")
+
+
+def check_precision(key: str, precision: str) -> None:
+    """Refuse to hold what is trained in half precision; raises ValueError."""
+    if is_half(precision) and precision.endswith("-true"):
+        raise ValueError(f"{key}={precision} rounds what is trained; set bf16-mixed")
+
+
+def say_precision(wanted: str, taken: str) -> None:
+    """Tell a user whose device does not compute in the precision that was asked for."""
+    if wanted.startswith("16") and taken.startswith("bf16"):
+        log.warning("precision=%s is for GPUs; the CPU computes in %s", wanted, taken)
 
 
 def check_frozen_dtype(model: Config, precision: str) -> None:
@@ -320,7 +342,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 def _check_type(path: str, value: object, hint: Any) -> None:
     try:
         TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except (PydanticSchemaGenerationError, PydanticUserError, SchemaError, NameError, TypeError):
+    except (PydanticUserError, SchemaError, NameError, TypeError):
         return  # no type that a value could be checked against
     except ValidationError as error:
         first = error.errors()[0]

@@ -4,12 +4,12 @@ import math
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import wandb
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -61,9 +61,8 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return what is shown beside the bar."""
-        return {
-            name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"
-        }
+        shown = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in shown.items() if name != "v_num"}
 
 
 class EpochLines(Callback):
@@ -72,22 +71,20 @@ class EpochLines(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.start, self.batches = time.monotonic(), 0
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, Any] = defaultdict(float)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Add up the losses, without waiting for the device."""
         self.batches += 1
         for name in ("train/loss", "train/aux_loss"):
             if name in trainer.callback_metrics:
-                self.sums[name] = (
-                    self.sums.get(name, torch.zeros(())) + trainer.callback_metrics[name].detach()
-                )
+                self.sums[name] += trainer.callback_metrics[name].detach()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line."""
         if not trainer.is_global_zero:
             return
-        [best] = [each for each in trainer.callbacks if isinstance(each, RunCheckpoint) and each.monitor]  # type: ignore[attr-defined]
+        best = next(each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint))
         values = {name: (total / self.batches).item() for name, total in self.sums.items()}
         shown = [name for name in ("val/loss", str(best.monitor)) if name in trainer.callback_metrics]
         values |= {name: trainer.callback_metrics[name].item() for name in shown}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
@@ -20,7 +21,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from convlora.build import CONF, Config, check_keys, resolve
+from convlora.build import CONF, check_keys, resolve
+from convlora.run import assign
 
 T = TypeVar("T")
 
@@ -34,8 +36,6 @@ USER_ERRORS = (
     MisconfigurationException,
 )
 FOLDER_NAME = 120  # characters of a sweep's folder at most
-# Values that may be written without quotes, in hydra's grammar and in a shell's
-PLAIN = re.compile(r"[\w./-]+")
 
 
 def command(
@@ -69,7 +69,8 @@ def command(
                     config[folder] = HydraConfig.get().runtime.output_dir
                 given = [] if folder is None else [assign(folder, config[folder])]
                 # for the processes of further devices, which Lightning starts with the arguments of this one
-                sys.argv[1:] = [*_options(sys.argv[1:]), *HydraConfig.get().overrides.task, *given]
+                config_dir = [f"--config-dir={path}" for path in _config_dir(sys.argv[1:])]
+                sys.argv[1:] = [*config_dir, *HydraConfig.get().overrides.task, *given]
                 return job(schema(**config))
             except USER_ERRORS as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # whose other jobs go on
@@ -92,17 +93,9 @@ def command(
 
 def given_overrides() -> list[str]:
     """Return the arguments of this job that set a value or choose a file, as a user writes them."""
-    options = [f"--config-dir={Path(path).resolve()}" for path in _config_dirs(sys.argv[1:])]
-    return [*options, *(override.lstrip("+") for override in HydraConfig.get().overrides.task)]
-
-
-def assign(key: str, value: object) -> str:
-    """Return the argument that sets a key to a value, whatever characters the value has."""
-    text = str(value)
-    if PLAIN.fullmatch(text):
-        return f"{key}={text}"
-    quoted = text.replace("'", "\\'")
-    return f"{key}='{quoted}'"
+    options = [f"--config-dir={Path(path).resolve()}" for path in _config_dir(sys.argv[1:])]
+    given = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
+    return [*options, *(each for each in given if _key(each) not in ("resume", "run_dir"))]
 
 
 def folder_name(overrides: str) -> str:
@@ -123,13 +116,13 @@ OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 def _replay(arguments: list[str], replay: Callable[[str], list[str]] | None) -> list[str]:
     """Put the arguments of the run that is resumed before those given now, which win."""
-    found = [argument for argument in arguments if replay is not None and argument.startswith("resume=")]
-    path = found[-1].partition("=")[2].strip("'\"").replace("\\'", "'") if found else ""
-    if replay is None or path in ("", "null"):
+    options, given = _split(arguments)
+    values = {_key(argument): argument.partition("=")[2] for argument in given}
+    folder = values.get("resume", "").strip("'\"").replace("\\'", "'")
+    if replay is None or folder in ("", "null"):
         return arguments
-    given = {_key(argument) for argument in arguments}
-    recorded = [argument for argument in replay(path) if _key(argument) not in given]
-    return [*_options(recorded), *_options(arguments), *_overrides(recorded), *_overrides(arguments)]
+    recorded, before = _split(replay(folder))
+    return [*recorded, *options, *(each for each in before if _key(each) not in values), *given]
 
 
 def _loosen(arguments: Sequence[str]) -> list[str]:
@@ -137,41 +130,27 @@ def _loosen(arguments: Sequence[str]) -> list[str]:
 
     Hydra would advise to put a + before a misspelt key.
     """
-    folders = [CONF, *map(Path, _config_dirs(arguments))]
+    options, given = _split(arguments)
+    folders = [CONF, *map(Path, _config_dir(arguments))]
 
     def loosen(argument: str) -> str:
-        key = argument.partition("=")[0]
+        key = _key(argument)
         is_group = any((folder / key).is_dir() for folder in folders)
-        if not re.fullmatch(r"\+*\w+(\.[\w+-]+)*", key) or key.startswith("hydra.") or is_group:
-            return argument
-        return f"++{argument.lstrip('+')}"
+        is_value = re.fullmatch(r"(?!hydra\.)\w+(\.[\w+-]+)*", key) and argument[0] != "~" and not is_group
+        return f"++{argument.lstrip('+')}" if is_value else argument
 
-    return [*_options(arguments), *map(loosen, _overrides(arguments))]
-
-
-def _options(arguments: Sequence[str]) -> list[str]:
-    """Return what is no override: hydra's own options, each with its value."""
-    overrides = _overrides(arguments)
-    return [argument for argument in arguments if argument not in overrides]
+    return [*options, *map(loosen, given)]
 
 
-def _overrides(arguments: Sequence[str]) -> list[str]:
-    previous = ["", *arguments]
-    return [
-        argument
-        for before, argument in zip(previous, arguments, strict=False)
-        if not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
-        and before not in ("--config-dir", "-cd", "--package", "-p")
-    ]  # fmt: skip
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return hydra's own options, and the overrides."""
+    overrides = get_args_parser().parse_args(arguments).overrides
+    return [argument for argument in arguments if argument not in overrides], overrides
 
 
-def _config_dirs(arguments: Sequence[str]) -> list[str]:
-    following = [*arguments[1:], ""]
-    return [
-        argument.partition("=")[2] or after
-        for argument, after in zip(arguments, following, strict=True)
-        if argument.partition("=")[0] in ("--config-dir", "-cd")
-    ]
+def _config_dir(arguments: Sequence[str]) -> list[str]:
+    folder = get_args_parser().parse_args(arguments).config_dir
+    return [] if folder is None else [folder]
 
 
 def _key(argument: str) -> str:
@@ -228,10 +207,8 @@ def _quiet() -> None:
         "Found .* in eval mode at the start of training",  # the frozen ones are meant to be
         "The number of training batches .* is smaller than the logging interval",
         "It is recommended to use .self.log.*sync_dist",  # the scores are already those of all ranks
+        "You passed .* but AMP with fp16 is not supported on CPU",  # said by `build.say_precision`
         "Experiment logs directory",
         "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-__all__ = ["Config", "assign", "command", "given_overrides"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -86,16 +86,12 @@ def predict(config: PredictConfig) -> None:
     )
     failures: list[Loaded] = []
     console = Console(highlight=False, soft_wrap=True)
-    columns = ("predict", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("predict", total=len(paths))
-        for batch in loader:
-            good = [item for item in batch if item.pixels is not None]
-            failures += [item for item in batch if item.pixels is None]
-            found = predictor.segment([item.pixels for item in good], [item.size for item in good])
-            for item, each in zip(good, found, strict=True):
-                write(output, names[item.path], item.path, each, predictor.class_colors, config)
-            progress.advance(bar, len(batch))
+    for batch in track(loader, "predict", console=console):
+        good = [item for item in batch if item.pixels is not None]
+        failures += [item for item in batch if item.pixels is None]
+        found = predictor.segment([item.pixels for item in good], [item.size for item in good])
+        for item, each in zip(good, found, strict=True):
+            write(output, names[item.path], item.path, each, predictor.class_colors, config)
     console.print(f"{len(paths) - len(failures)} of {len(paths)} masks written to {output}")
     if failures:
         for item in failures:

@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import track
 from rich.table import Table
 
 from convlora import draw
 from convlora.build import Config, make, make_test_sets
 from convlora.cli import command
-from convlora.data.check import Place, examine, judge, list_places, summarise
+from convlora.data.check import Facts, Finding, Place, examine, judge, list_places, summarise
 from convlora.data.module import Pair, SegmentationDataModule
 from convlora.fetch import fetch, unpack
 
@@ -125,11 +125,11 @@ def check(sets: Sequence[SegmentationDataModule], output: Path) -> bool:
     if not listed:
         raise FileNotFoundError(findings[0].message)
     output.mkdir(parents=True, exist_ok=True)
-    columns = ("check", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("check", total=sum(len(pairs) for _, pairs in listed))
-        facts, unreadable = examine(listed, lambda: progress.advance(bar))
-    findings += [*unreadable, *judge(facts, first.class_names)]
+    total = sum(len(pairs) for _, pairs in listed)
+    found = list(track(examine(listed), "check", total, console=console))
+    facts = [each for each in found if isinstance(each, Facts)]
+    findings += [each for each in found if isinstance(each, Finding)]
+    findings += judge(facts, first.class_names)
     summary = summarise(facts, first.class_names)
     report: dict[str, Any] = {"dataset": first.name, "root": str(first.root), "splits": summary}
     report["findings"] = [asdict(finding) for finding in findings]

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import pickle
+import re
+import shlex
 import shutil
 import socket
 import tempfile
@@ -223,6 +225,37 @@ def keep_metrics(logger: CSVLogger, path: Path, step: int) -> None:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     logger.experiment.metrics.extend(row for row in rows if int(row["step"]) < step)
     logger.save()
+
+
+def what_is_kept(folder: Path, trainer: Trainer) -> str:
+    """Tell a user whose run was stopped what is there and how to go on."""
+    again = f"python -m convlora.train {in_shell('resume', folder)}"
+    stopped = f"\nstopped in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+    if not (folder / LAST).is_file():
+        return f"{stopped}\nno epoch had ended, so that nothing is saved; begin again: {again}"
+    epochs = next_epoch(read_checkpoint(folder / LAST))
+    return (
+        f"{stopped}\nkept: {folder / LAST} after {epochs} epochs, {folder / BEST} of the best of them\n"
+        f"go on: {again}\n"
+        f"use the best so far: python -m convlora.export {in_shell('checkpoint', folder)}"
+    )
+
+
+def assign(key: str, value: object) -> str:
+    """Return the argument that sets a key to a value, whatever characters the value has."""
+    text = str(value)
+    if re.fullmatch(r"[\w./-]+", text):  # what hydra and a shell take without quotes
+        return f"{key}={text}"
+    quoted = text.replace("'", "\\'")
+    return f"{key}='{quoted}'"
+
+
+def in_shell(key: str, value: object) -> str:
+    """Return the same argument as a shell takes it."""
+    argument = assign(key, value)
+    if re.search(r"[\"$`\\!]", argument):
+        return shlex.quote(argument)
+    return f'"{argument}"' if "'" in argument else argument
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -55,10 +55,14 @@ class SegmentationTask(LightningModule):
         self.facts = facts
         self.seed = seed
         self.scores = nn.ModuleDict({stage: scores.clone() for stage in ("val", "test")})
-        self.mean_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        # by default a mean would leave out what is no number
+        self.mean_loss = nn.ModuleDict(
+            {stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")}
+        )
         self.seconds = 0.0
         self._started = time.monotonic()
         self._watched: tuple[Tensor, str] | None = None
+        self._last_step = "no step ("
 
     @property
     def fit_seconds(self) -> float:
@@ -66,8 +70,9 @@ class SegmentationTask(LightningModule):
         return self.seconds + time.monotonic() - self._started
 
     def on_fit_start(self) -> None:
-        """Start the clock."""
+        """Start the clock; what SAM's own code builds arrives in evaluation mode."""
         self._started = time.monotonic()
+        self.segmenter.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the gate's noise by the position in training, so that a resumed run draws the same."""
@@ -87,11 +92,10 @@ class SegmentationTask(LightningModule):
         if aux is not None:
             self.log("train/aux_loss", aux, batch_size=len(batch.images))
             loss = loss + aux
-        where = f"step {self.global_step} (epoch {self.current_epoch + 1}, learning rate {lr:.3g}, "
-        where += f"precision {self.trainer.precision}, images {', '.join(batch.names)})"
+        self._last_step = f"step {self.global_step} (epoch {self.current_epoch + 1}, learning rate {lr:.3g}, "
         everywhere = self.all_gather(torch.isfinite(loss.detach()).float())
         assert isinstance(everywhere, Tensor)
-        self._watched = (everywhere.min(), where)
+        self._watched = (everywhere.min(), ", ".join(batch.names))
         return loss
 
     def _refuse_infinite(self) -> None:
@@ -102,8 +106,9 @@ class SegmentationTask(LightningModule):
         """
         if self._watched is not None and not self._watched[0]:
             raise FloatingPointError(
-                f"the loss is not finite at {self._watched[1]}; lower optimizer.lr, set "
-                "trainer.precision=bf16-mixed or 32-true, or look at these images, in a new run"
+                f"the loss is not finite at {self._last_step}precision {self.trainer.precision}, images "
+                f"{self._watched[1]}); lower optimizer.lr, set trainer.precision=bf16-mixed or 32-true, or "
+                "look at these images, in a new run"
             )
         self._watched = None
 
@@ -132,8 +137,9 @@ class SegmentationTask(LightningModule):
         loss = self._log_scores("val")
         if not (self.trainer.sanity_checking or torch.isfinite(loss)):
             raise FloatingPointError(
-                f"val/loss is {loss.item()} after epoch {self.current_epoch + 1}, so that the weights are "
-                "broken; lower optimizer.lr, or set trainer.precision=bf16-mixed or 32-true, in a new run"
+                f"val/loss is {loss.item()} after {self._last_step}precision {self.trainer.precision}), so "
+                "that the weights are broken; lower optimizer.lr, or set trainer.precision=bf16-mixed or "
+                "32-true, in a new run"
             )
 
     def on_test_epoch_end(self) -> None:

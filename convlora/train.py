@@ -1,31 +1,20 @@
 """Train: `python -m convlora.train dataset=kvasir model=sam_vit_b peft=conv_lora`."""
 
-import math
-import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
 from convlora import adapter, run
-from convlora.build import (
-    Config,
-    Parts,
-    make,
-    make_parts,
-    make_segmenter,
-    make_trainer,
-    missing_devices,
-)
+from convlora.announce import announce, devices_of
+from convlora.build import Config, Parts, make, make_parts, make_segmenter, make_trainer
 from convlora.callbacks import Overlays, finish_wandb, make_progress, render_scores, test_each
-from convlora.cli import assign, command, given_overrides
+from convlora.cli import command, given_overrides
 from convlora.task import SegmentationTask
 
-COLUMNS, LABEL = 100, 16  # of what a run says of itself
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -97,7 +86,8 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
     segmenter, identity = make_segmenter(config.model, config.peft, config.head, data.num_classes)
     if config.compile:
         segmenter.compile_encoder()
-    metadata = adapter.describe(asdict(config), data, identity, str(trainer.precision))
+    settings = asdict(config) | {"run_dir": str(folder), "resume": None}
+    metadata = adapter.describe(settings, data, identity, str(trainer.precision))
     facts = {**identity, "training images": data.content("train"), "devices": devices_of(trainer)}
     facts["precision"] = str(trainer.precision)
     task = SegmentationTask(
@@ -110,14 +100,14 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         data.start_epoch = run.next_epoch(checkpoint)
     trainer.loggers = make_loggers(config.logger, folder, checkpoint)
     if trainer.is_global_zero:
-        run.write_record(folder, given_overrides(), asdict(config))
+        run.write_record(folder, given_overrides(), settings)
         for logger in trainer.loggers:
-            logger.log_hyperparams(run.flatten(asdict(config)))
+            logger.log_hyperparams(run.flatten(settings))
     try:
         trainer.fit(task, data, ckpt_path=last if checkpoint else None, weights_only=True)
     except BaseException:
-        if trainer.global_step > 0:
-            say_what_is_kept(folder, trainer)
+        if trainer.global_step > 0 and trainer.is_global_zero:
+            console.print(run.what_is_kept(folder, trainer))
         raise
     return save_and_test(parts, folder, trainer, task)
 
@@ -153,129 +143,6 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
         console.print(render_scores(results))
         console.print(f"adapter: {path}")
     return score
-
-
-def announce(config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer | None) -> None:
-    """Print what is about to be trained, before anything takes time; for a dry run there is no trainer."""
-    if trainer is not None and not trainer.is_global_zero:
-        return
-    data, backbone, scores = parts.data, parts.backbone, parts.scores
-    best = parts.callbacks["best"]
-    settings = config.trainer
-    devices, accumulation = count_devices(settings, trainer), settings["accumulate_grad_batches"]
-    size, trainable = config.loading["batch_size"], run.count(parts.outline, trainable=True)
-    lines = {
-        "data": describe_images(data, data.splits),
-        "also tested on": "; ".join(describe_images(test, ("test",)) for test in parts.tests[1:]),
-        "model": f"{backbone.name} at {backbone.image_size} px, {backbone.weights_source()}",
-        "parameters": f"{trainable:,} trainable of {run.count(parts.outline):,}",
-        "method": spell(config.peft),
-        "head": spell(config.head),
-        "loss": spell(config.loss),
-        "scores": f"{', '.join(scores.names)}; {best.monitor} ({best.mode}) chooses the epoch",  # type: ignore[attr-defined]
-        "optimiser": f"{spell(config.optimizer)}, lr falling linearly to 0 at each step",
-        "schedule": describe_schedule(data, settings, devices, size),
-        "augmentation": spell(config.augment),
-        "precision": str(settings["precision"] if trainer is None else trainer.precision),
-        "devices": f"{devices}, accelerator {settings['accelerator']}"
-        if trainer is None
-        else devices_of(trainer),
-        "batch": f"{size * devices * accumulation} = {size} per device x {devices} "
-        f"device{'s' * (devices > 1)} x {accumulation} accumulated",
-        "run folder": str(folder),
-        "": backbone.padding_advice() or "",
-    }
-    for label, text in lines.items():
-        if text:
-            first, *more = textwrap.wrap(
-                text, COLUMNS - LABEL, break_long_words=False, break_on_hyphens=False
-            )
-            console.print(f"{label:<{LABEL}}{first}", markup=False)
-            for line in more:
-                console.print(" " * LABEL + line, markup=False)
-    if trainer is None and (shortage := missing_devices(settings)):
-        console.print(f"warning: {shortage}", markup=False)
-    if backbone.is_random and not data.drawn:
-        console.print(
-            f"WARNING: {backbone.name} HAS RANDOM WEIGHTS, SO THIS TRAINS A TOY ON REAL IMAGES.\n"
-            "WARNING: SET model=sam_vit_b, OR ANOTHER THAT HAS WEIGHTS, FOR RESULTS THAT MEAN ANYTHING.",
-            style="bold red",
-        )
-
-
-def describe_images(data: Any, splits: Any) -> str:
-    """Return how many images there are, or why none are known."""
-    try:
-        counts = ", ".join(f"{len(data.listed(split)):,} {split}" for split in splits)
-    except (OSError, ValueError) as error:
-        return f"not there yet: {error}"
-    return f"{data.name}: {counts} images; classes {', '.join(data.class_names)}"
-
-
-def describe_schedule(data: Any, trainer: Config, devices: int, batch_size: int) -> str:
-    """Return epochs and optimiser steps, as far as the number of images is known."""
-    epochs = trainer["max_epochs"]
-    try:
-        images = len(data.listed("train"))
-    except (OSError, ValueError):
-        return f"{epochs} epochs"
-    batches, limit = math.ceil(math.ceil(images / devices) / batch_size), trainer.get("limit_train_batches")
-    if limit is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = math.ceil(batches / trainer["accumulate_grad_batches"])
-    return f"{epochs} epochs of {steps:,} steps, {epochs * steps:,} in all"
-
-
-def spell(config: Config) -> str:
-    """Return a section as the call that it describes, nulls left out."""
-
-    def value(part: Any) -> str:
-        if isinstance(part, dict):
-            return spell(part)
-        return f"[{', '.join(map(value, part))}]" if isinstance(part, list) else str(part)
-
-    arguments = [f"{key}={value(part)}" for key, part in config.items() if part is not None and key[0] != "_"]
-    return f"{str(config.get('_target_', '')).rpartition('.')[2]}({', '.join(arguments)})"
-
-
-def count_devices(config: Config, trainer: Trainer | None) -> int:
-    """Return the number of processes that train together, without a trainer as far as it is known."""
-    if trainer is not None:
-        return trainer.num_devices * trainer.num_nodes
-    devices = config["devices"]
-    if isinstance(devices, list):
-        return len(devices)
-    return devices if isinstance(devices, int) and devices > 0 else max(1, torch.cuda.device_count())
-
-
-def devices_of(trainer: Trainer) -> str:
-    """Return number and kind of the devices."""
-    return f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}"
-
-
-def say_what_is_kept(folder: Path, trainer: Trainer) -> None:
-    """Tell a user whose run was stopped what is there and how to go on."""
-    if not trainer.is_global_zero:
-        return
-    console.print(f"\nstopped in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
-    if not (folder / run.LAST).is_file():
-        console.print(f"no epoch had ended, so that nothing is saved; begin again: {resume_command(folder)}")
-        return
-    done = run.next_epoch(run.read_checkpoint(folder / run.LAST))
-    console.print(f"kept: {folder / run.LAST} after {done} epochs, {folder / run.BEST} of the best of them")
-    console.print(f"go on: {resume_command(folder)}")
-    console.print(f"use the best so far: python -m convlora.export {quoted('checkpoint', folder)}")
-
-
-def resume_command(folder: Path) -> str:
-    """Return the command that goes on with a run."""
-    return f"python -m convlora.train {quoted('resume', folder)}"
-
-
-def quoted(key: str, folder: Path) -> str:
-    """Return an argument as a shell takes it."""
-    argument = assign(key, folder)
-    return argument if "'" not in argument else '"' + argument.replace('"', '\\"') + '"'
 
 
 def make_loggers(config: Config, folder: Path, checkpoint: dict[str, Any] | None) -> list[Logger]:

@@ -9,7 +9,8 @@ from composed import compose, names
 from conftest import SMALL, Commands
 
 from convlora import evaluate, export, predict, prepare, train
-from convlora.cli import FOLDER_NAME, assign, folder_name
+from convlora.cli import FOLDER_NAME, folder_name
+from convlora.run import assign
 
 QUIET = (*SMALL, "logger=csv", "trainer.max_epochs=1")
 

@@ -1,13 +1,17 @@
 """What only a GPU can show."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, Commands
 from segment_anything.modeling.image_encoder import Attention
 from torch import nn
 
+from convlora import train
 from convlora.losses import StructureLoss
 from convlora.peft.conv_experts import ConvExperts
 from convlora.peft.conv_lora import ConvLoRA
@@ -70,3 +74,16 @@ def test_attention_equals_segment_anything(dtype: torch.dtype) -> None:
         found = RelPosAttention(theirs).cuda()(x.cuda()).float().cpu()
     limit = 1e-4 if dtype == torch.float32 else 0.03
     assert (found - expected).abs().max() < limit * expected.abs().max()
+
+
+def test_float16_trains_by_its_gradient_scaler_from_the_command_line(cli: Commands) -> None:
+    done = cli(
+        train, *SMALL, "logger=csv", "run_dir=run", "trainer.accelerator=gpu", "trainer.precision=16-mixed"
+    )
+    assert done.code == 0, done.err
+    last = torch.load("run/last.ckpt", weights_only=True)
+    assert last["MixedPrecision"]["scale"] > 0
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    assert all(value.dtype == torch.float32 for value in last["state_dict"].values())
+    assert len(last["optimizer_states"][0]["state"]) == len(last["state_dict"])
+    assert json.loads(Path("run/summary.json").read_text())["precision"] == "16-mixed"

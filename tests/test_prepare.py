@@ -272,7 +272,7 @@ def test_a_folder_of_ones_own_is_checked_with_its_classes(cli: Commands, tmp_pat
     ("arguments", "message"),
     [
         (["dataset=isic2017", "action=chekc"], "action=chekc must be download or check"),
-        (["dataset=folder", "data_root=nowhere"], "no folder nowhere"),
+        (["dataset=folder", "data_root=nowhere"], "neither images nor splits in nowhere"),
         (["dataset=nc4k", "action=check"], "nc4k: no Imgs under data/TestDataset/NC4K; run"),
         ([], "dataset"),
     ],

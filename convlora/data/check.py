@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -91,36 +91,22 @@ def list_places(
     return listed, findings
 
 
-def examine(
-    listed: Iterable[tuple[Place, Sequence[Pair]]], advance: Callable[[], None]
-) -> tuple[list[Facts], list[Finding]]:
-    """Read all pairs.
-
-    Args:
-        listed: the splits with their pairs.
-        advance: called after each pair.
-
-    Returns:
-        The facts of those that can be read, in order, and what is wrong with the others.
-    """
+def examine(listed: Iterable[tuple[Place, Sequence[Pair]]]) -> Iterator[Facts | Finding]:
+    """Read all pairs in order; yields the facts of each, or what is wrong with one that cannot be read."""
 
     def look(place: Place, pair: Pair, name: str) -> Facts | Finding:
         try:
             return _look(place, pair, name)
         except (OSError, ValueError) as error:
             return Finding("error", "unreadable", str(error), [name])
-        finally:
-            advance()
 
+    names = [
+        (place, *each)
+        for place, pairs in listed
+        for each in zip(pairs, place.data.names(place.split), strict=True)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        looks = [
-            pool.submit(look, place, pair, name)
-            for place, pairs in listed
-            for pair, name in zip(pairs, place.data.names(place.split), strict=True)
-        ]
-        found = [each.result() for each in looks]
-    facts = [each for each in found if isinstance(each, Facts)]
-    return facts, [each for each in found if isinstance(each, Finding)]
+        yield from pool.map(look, *zip(*names, strict=True))
 
 
 def judge(facts: Sequence[Facts], class_names: Sequence[str]) -> list[Finding]:
