@@ -104,6 +104,10 @@ def test_images_of_one_stem_keep_their_whole_name(cli: Commands, checkpoint: str
             ["input=in", "output=out", "precision=half"],
             "precision=half cannot be used (Precision 'half' is invalid",
         ),
+        (
+            ["input=in", "output=out", "precision=bf16-true"],
+            "precision=bf16-true rounds what is trained; set bf16-mixed",
+        ),
     ],
 )
 def test_impossible_requests_are_explained(

@@ -130,27 +130,25 @@ def test_what_is_trained_is_in_training_mode_and_what_is_frozen_is_not(tiny: Sam
 def test_scores_of_one_pass_leave_nothing_to_the_next(tiny: SamViT) -> None:
     data, other = scenes(), scenes(scene_seed=9)
     task = make_task(adapted(tiny), partial(torch.optim.SGD, lr=0.1))
-    trainer = make_trainer(max_epochs=2, num_sanity_val_steps=1)
+    trainer = make_trainer(max_epochs=1, num_sanity_val_steps=1)
     trainer.fit(task, data)
-    after_two_epochs = numbers(trainer, "val/")
+    after_the_sanity_check = numbers(trainer, "val/")
     trainer.test(task, data, verbose=False)
     trainer.test(task, other, verbose=False)
     after_two_tests = numbers(trainer, "test/")
     trainer.validate(task, other, verbose=False)
     after_the_tests = numbers(trainer, "val/")
 
-    fresh = make_task(task.segmenter, task.optimizer)
     for found, stage, images in (
-        (after_two_epochs, "validate", data),
+        (after_the_sanity_check, "validate", data),
         (after_two_tests, "test", other),
         (after_the_tests, "validate", other),
     ):
-        alone = make_trainer()
+        alone, fresh = make_trainer(), make_task(task.segmenter, task.optimizer)
         getattr(alone, stage)(fresh, images, verbose=False)
         expected = {name: value.item() for name, value in alone.callback_metrics.items()}
         assert len(expected) == 3
         assert found == pytest.approx(expected, rel=1e-6)
-        fresh = make_task(task.segmenter, task.optimizer)
 
 
 def test_a_loss_that_is_not_finite_for_one_image_is_not_averaged_away(tiny: SamViT) -> None:
@@ -334,8 +332,6 @@ def test_precisions_that_round_the_trained_weights_are_refused(cli: Commands, pr
     assert done.code == 1
     assert done.err == f"error: trainer.precision={precision} rounds what is trained; set bf16-mixed"
     assert not Path("run").exists()
-    with pytest.raises(ValueError, match=f"precision={precision} rounds what is trained; set bf16-mixed"):
-        adapter.check_precision("precision", precision)
 
 
 @pytest.mark.parametrize(
