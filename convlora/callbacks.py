@@ -131,32 +131,32 @@ class Overlays(Callback):
         loggers = [each for each in trainer.loggers if isinstance(each, WandbLogger | TensorBoardLogger)]
         if not loggers or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        data, colors = _data(trainer), draw.colors_of(_data(trainer).class_names, _data(trainer).class_colors)
+        data = _data(trainer)
+        colors = draw.colors_of(data.class_names, data.class_colors)
         names = dict(
             enumerate(["background", *data.class_names] if data.num_classes == 1 else data.class_names)
         )
         samples = [
             _sample(trainer, pl_module, "val", index) for index in _spread(len(data.listed("val")), FIXED)
         ]
+        step, tag = trainer.global_step, "val/overlays"
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                images = [
-                    wandb.Image(
-                        sample.image,
-                        masks={
-                            "truth": {"mask_data": sample.mask, "class_labels": names},
-                            "prediction": {"mask_data": sample.classes, "class_labels": names},
-                        },
-                        caption=sample.title,
-                    )
+                layers = [
+                    {
+                        name: {"mask_data": mask, "class_labels": names}
+                        for name, mask in (("truth", sample.mask), ("prediction", sample.classes))
+                    }
                     for sample in samples
                 ]
-                logger.experiment.log({"val/overlays": images, "trainer/global_step": trainer.global_step})
+                titles = [sample.title for sample in samples]
+                logger.log_image(
+                    tag, [sample.image for sample in samples], step, caption=titles, masks=layers
+                )
             else:
                 for number, sample in enumerate(samples):
                     picture = draw.side_by_side(sample, colors)
-                    tag, step = f"val/overlays/{number}", trainer.global_step
-                    logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+                    logger.experiment.add_image(f"{tag}/{number}", picture, step, dataformats="HWC")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page."""
