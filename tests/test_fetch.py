@@ -342,8 +342,9 @@ def test_a_file_is_hashed_again_only_if_it_has_changed(
 
 
 def test_nothing_is_drawn_where_there_is_no_terminal(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, logger="convlora.fetch")
     fetch("toy", server.url, tmp_path / "toy.zip")
     assert capsys.readouterr() == ("", "")
 
