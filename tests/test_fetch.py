@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import logging
 import os
 import signal
 import stat
