@@ -108,11 +108,13 @@ def folder_name(overrides: str) -> str:
     What cannot be kept, and what is too long, leaves a hash behind, so that two jobs never share a folder.
     """
     plain = overrides.replace("+", "").replace("=", "-").replace(",", "_").replace("/", ".")
-    name = re.sub(r"[^A-Za-z0-9._-]", "", plain)
-    if name == plain and len(name) <= FOLDER_NAME:
+    name = re.sub(r"[^A-Za-z0-9._-]", "", plain).lstrip(".-")
+    values = (override.partition("=")[2] for override in overrides.split(","))
+    kept = all(re.fullmatch(r"[A-Za-z0-9._-]+", value) for value in values)
+    if not overrides or (kept and name == plain and len(name) <= FOLDER_NAME):
         return name or "defaults"
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
-    return f"{name[: FOLDER_NAME - 9]}-{digest}"
+    return f"{name[: FOLDER_NAME - 9]}-{digest}".lstrip("-")
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
@@ -125,7 +127,7 @@ def _replay(arguments: list[str], replay: Callable[[str], list[str]] | None) -> 
     folder = values.get("resume", "")
     if replay is None or folder in ("", "null"):
         return arguments
-    if get_args_parser().parse_args(arguments).multirun:
+    if get_args_parser().parse_intermixed_args(arguments).multirun:
         raise ValueError(f"resume={folder} goes on with one run; leave out -m")
     if folder[0] in "'\"":
         folder = str(OverridesParser.create().parse_override(f"resume={folder}").value())
@@ -158,12 +160,12 @@ def _loosen(arguments: Sequence[str]) -> list[str]:
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return hydra's own options, and the overrides."""
-    overrides = get_args_parser().parse_args(arguments).overrides
+    overrides = get_args_parser().parse_intermixed_args(arguments).overrides
     return [argument for argument in arguments if argument not in overrides], overrides
 
 
 def _config_dir(arguments: Sequence[str]) -> list[str]:
-    folder = get_args_parser().parse_args(arguments).config_dir
+    folder = get_args_parser().parse_intermixed_args(arguments).config_dir
     return [] if folder is None else [folder]
 
 

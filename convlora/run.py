@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,9 @@ def interruptible() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         if os.getpid() == process and not came:  # a loader process is ended by this one
             came.append(number)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises where a loader process ends
+            while signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL:
+                with suppress(RuntimeError):  # torch's, of a loader process that the same signal has ended
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
