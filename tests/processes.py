@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -53,7 +52,7 @@ class Training:
 
     def kill(self) -> None:
         """End it as a machine that fails does; its loader processes live on until they notice."""
-        os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.join()
 
     def ended(self, seconds: float = 120) -> Finished:
