@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -85,6 +87,8 @@ def command(
             sys.exit(_explain(_name_choice(config_name, error), full != "0"))
         except USER_ERRORS as error:
             sys.exit(_explain(error, full != "0"))
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         finally:
             os.environ["HYDRA_FULL_ERROR"] = full
 
@@ -104,11 +108,13 @@ def folder_name(overrides: str) -> str:
     What cannot be kept, and what is too long, leaves a hash behind, so that two jobs never share a folder.
     """
     plain = overrides.replace("+", "").replace("=", "-").replace(",", "_").replace("/", ".")
-    name = re.sub(r"[^A-Za-z0-9._-]", "", plain)
-    if name == plain and len(name) <= FOLDER_NAME:
+    name = re.sub(r"[^A-Za-z0-9._-]", "", plain).lstrip(".-")
+    values = (override.partition("=")[2] for override in overrides.split(","))
+    kept = all(re.fullmatch(r"[A-Za-z0-9._-]+", value) for value in values)
+    if not overrides or (kept and name == plain and len(name) <= FOLDER_NAME):
         return name or "defaults"
     digest = hashlib.sha256(overrides.encode()).hexdigest()[:8]
-    return f"{name[: FOLDER_NAME - 9]}-{digest}"
+    return f"{name[: FOLDER_NAME - 9]}-{digest}".lstrip("-")
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
@@ -118,11 +124,17 @@ def _replay(arguments: list[str], replay: Callable[[str], list[str]] | None) -> 
     """Put the arguments of the run that is resumed before those given now, which win."""
     options, given = _split(arguments)
     values = {_key(argument): argument.partition("=")[2] for argument in given}
-    folder = values.get("resume", "").strip("'\"").replace("\\'", "'")
+    folder = values.get("resume", "")
     if replay is None or folder in ("", "null"):
         return arguments
+    if get_args_parser().parse_intermixed_args(arguments).multirun:
+        raise ValueError(f"resume={folder} goes on with one run; leave out -m")
+    if folder[0] in "'\"":
+        folder = str(OverridesParser.create().parse_override(f"resume={folder}").value())
     recorded, before = _split(replay(folder))
-    return [*recorded, *options, *(each for each in before if _key(each) not in values), *given]
+    before = [each for each in before if _key(each) not in values]
+    now = [each for each in given if _key(each) != "resume"]
+    return [*recorded, *options, *before, *now, assign("resume", folder)]
 
 
 def _loosen(arguments: Sequence[str]) -> list[str]:
@@ -144,12 +156,12 @@ def _loosen(arguments: Sequence[str]) -> list[str]:
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return hydra's own options, and the overrides."""
-    overrides = get_args_parser().parse_args(arguments).overrides
+    overrides = get_args_parser().parse_intermixed_args(arguments).overrides
     return [argument for argument in arguments if argument not in overrides], overrides
 
 
 def _config_dir(arguments: Sequence[str]) -> list[str]:
-    folder = get_args_parser().parse_args(arguments).config_dir
+    folder = get_args_parser().parse_intermixed_args(arguments).config_dir
     return [] if folder is None else [folder]
 
 

@@ -9,11 +9,12 @@ import pickle
 import re
 import shlex
 import shutil
+import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from convlora.segmenter import Segmenter
@@ -48,23 +50,28 @@ FREE = (
 
 
 @contextmanager
-def hold(folder: Path, size: int) -> Iterator[None]:
-    """Make a run folder and keep other processes out of it.
+def hold(folder: Path, size: int, began: Callable[[], bool]) -> Iterator[None]:
+    """Make a run folder and keep other processes out of it; remove what a run that never began left in it.
 
     Args:
         folder: of the run.
         size: number of trained parameters, for which the disk must have room.
+        began: returns whether the run has made anything worth keeping.
 
     Raises:
         OSError: it cannot be written to, the disk has no room for the checkpoints, or another process trains
             in it. The lock ends with its process, however that ends.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / ".lock"
+    made += [] if path.exists() else [path]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        lock = (folder / ".lock").open("a+")
+        lock = path.open("a+")
     except OSError as error:
+        remove_empty(made)
         raise OSError(f"cannot write to the run folder {folder} ({error}); choose another run_dir") from error
     with lock:
         try:
@@ -75,39 +82,60 @@ def hold(folder: Path, size: int) -> Iterator[None]:
                 f"{folder} is in use by {lock.read().strip() or 'another process'}; wait until it has ended, "
                 "stop it, or choose another run_dir"
             ) from error
-        # Two checkpoints and one being written, each of the weights and Adam's two moments; then the adapter.
-        needed = size * 4 * (3 * 3 + 1) + 16 * MEBIBYTE
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise OSError(
-                f"the run folder {folder} has {free / MEBIBYTE:.0f} MiB left on its disk, the checkpoints "
-                f"need {needed / MEBIBYTE:.0f} MiB; free some or choose another run_dir"
-            )
+        kept = set(folder.iterdir()) - set(made)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M')}")
         lock.flush()
-        yield
+        try:
+            check_room(folder, size)
+            yield
+        except BaseException:
+            if not began():
+                for path in set(folder.iterdir()) - kept:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                remove_empty(made)
+            raise
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuse to train where the disk has no room for the checkpoints; raises OSError."""
+    # Two checkpoints and one being written, each of the weights and Adam's two moments; then the adapter.
+    needed = size * 4 * (3 * 3 + 1) + 16 * MEBIBYTE
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the run folder {folder} has {free / MEBIBYTE:.0f} MiB left on its disk, the checkpoints "
+            f"need {needed / MEBIBYTE:.0f} MiB; free some or choose another run_dir"
+        )
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those folders that are empty, in their order."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
-def nothing_left(folder: Path, began: Any) -> Iterator[None]:
-    """Remove a run folder that was not there before if the run fails before it began.
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does, once: what comes after the first does not disturb the ending."""
+    process = os.getpid()
+    came: list[int] = []
 
-    Args:
-        folder: of the run.
-        began: returns whether there is anything to keep.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    fresh = bool(made) or (folder.is_dir() and not any(folder.iterdir()))
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() == process and not came:  # a loader process is ended by this one
+            came.append(number)
+            while signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL:
+                with suppress(RuntimeError):  # torch's, of a loader process that the same signal has ended
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except BaseException:
-        if fresh and not began():
-            shutil.rmtree(folder, ignore_errors=True)
-            for path in made[1:]:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
-        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def make_folder(key: str, folder: Path) -> None:
@@ -121,7 +149,9 @@ def make_folder(key: str, folder: Path) -> None:
 def write_record(folder: Path, command: list[str], config: Mapping[str, Any]) -> None:
     """Write the settings of a run, all of them, and the arguments that gave them."""
     text = yaml.safe_dump({"command": command, **config}, sort_keys=False, allow_unicode=True)
-    (folder / RECORD).write_text(text)
+    new = folder / f"{RECORD}.new"
+    new.write_text(text)
+    new.replace(folder / RECORD)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -223,19 +253,25 @@ def keep_metrics(logger: CSVLogger, path: Path, step: int) -> None:
         return
     with path.open(newline="") as file:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    logger.experiment.metrics.extend(row for row in rows if int(row["step"]) < step)
+    logger.experiment.metrics.extend(
+        row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step
+    )
     logger.save()
 
 
 def what_is_kept(folder: Path, trainer: Trainer) -> str:
     """Tell a user whose run was stopped what is there and how to go on."""
     again = f"python -m convlora.train {in_shell('resume', folder)}"
-    stopped = f"\nstopped in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
     if not (folder / LAST).is_file():
-        return f"{stopped}\nno epoch had ended, so that nothing is saved; begin again: {again}"
+        stopped = (
+            f"\nstopped in epoch 1 of {trainer.max_epochs}; no epoch had ended, so that nothing is saved"
+        )
+        return f"{stopped}\nbegin again: {again}" if (folder / RECORD).is_file() else stopped
     epochs = next_epoch(read_checkpoint(folder / LAST))
+    where = "the test" if trainer.testing else f"epoch {max(epochs, trainer.current_epoch) + 1}"
     return (
-        f"{stopped}\nkept: {folder / LAST} after {epochs} epochs, {folder / BEST} of the best of them\n"
+        f"\nstopped in {where} of {trainer.max_epochs} epochs\n"
+        f"kept: {folder / LAST} after {epochs} epochs, {folder / BEST} of the best of them\n"
         f"go on: {again}\n"
         f"use the best so far: python -m convlora.export {in_shell('checkpoint', folder)}"
     )
@@ -244,7 +280,8 @@ def what_is_kept(folder: Path, trainer: Trainer) -> str:
 def assign(key: str, value: object) -> str:
     """Return the argument that sets a key to a value, whatever characters the value has."""
     text = str(value)
-    if re.fullmatch(r"[\w./-]+", text):  # what hydra and a shell take without quotes
+    is_other = re.fullmatch(r"[\d._e-]+|inf|nan|null|true|false", text, re.IGNORECASE)
+    if re.fullmatch(r"[\w./-]+", text) and not is_other:  # a string to hydra, and a word to a shell
         return f"{key}={text}"
     quoted = text.replace("'", "\\'")
     return f"{key}='{quoted}'"
@@ -253,9 +290,22 @@ def assign(key: str, value: object) -> str:
 def in_shell(key: str, value: object) -> str:
     """Return the same argument as a shell takes it."""
     argument = assign(key, value)
-    if re.search(r"[\"$`\\!]", argument):
-        return shlex.quote(argument)
-    return f'"{argument}"' if "'" in argument else argument
+    if "'" in argument and not set(argument) & set('"$`\\!'):
+        return f'"{argument}"'
+    return shlex.quote(argument)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside the one it replaces, so that a run that is killed never leaves half a file.
+
+    Lightning's own goes by way of the folder for temporary files, which may lie on another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the file."""
+        new = Path(f"{path}.new")
+        torch.save(checkpoint, new)
+        new.replace(path)
 
 
 class RunCheckpoint(ModelCheckpoint):

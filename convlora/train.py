@@ -1,5 +1,6 @@
 """Train: `python -m convlora.train dataset=kvasir model=sam_vit_b peft=conv_lora`."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,22 @@ def train(config: TrainConfig) -> float | None:
     callbacks: list[Callback] = [*parts.callbacks.values(), run.RunCheckpoint("last"), run.StayStopped()]
     callbacks += [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
     trainer = make_trainer(config.trainer, callbacks, default_root_dir=str(folder))
+    trainer.strategy.checkpoint_io = run.WholeFiles()
     announce(config, parts, folder, trainer)
-    if not trainer.is_global_zero:
-        return fit_and_test(config, parts, folder, trainer)
-    with (
-        run.nothing_left(folder, lambda: trainer.global_step > 0),
-        run.hold(folder, run.count(parts.outline, trainable=True)),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(run.interruptible())
+        if trainer.is_global_zero:
+            size = run.count(parts.outline, trainable=True)
+            stack.enter_context(run.hold(folder, size, lambda: trainer.global_step > 0))
         try:
             return fit_and_test(config, parts, folder, trainer)
+        except BaseException as error:
+            is_told = trainer.global_step > 0 or isinstance(error, KeyboardInterrupt | SystemExit)
+            if trainer.is_global_zero and is_told:
+                console.print(run.what_is_kept(folder, trainer), markup=False)
+            if "DataLoader worker" in str(error):  # torch's word for a loader process that was killed
+                raise OSError(f"{error}; if memory ran out, lower loading.num_workers") from error
+            raise
         finally:
             finish_wandb()
 
@@ -103,12 +111,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         run.write_record(folder, given_overrides(), settings)
         for logger in trainer.loggers:
             logger.log_hyperparams(run.flatten(settings))
-    try:
-        trainer.fit(task, data, ckpt_path=last if checkpoint else None, weights_only=True)
-    except BaseException:
-        if trainer.global_step > 0 and trainer.is_global_zero:
-            console.print(run.what_is_kept(folder, trainer))
-        raise
+    trainer.fit(task, data, ckpt_path=last if checkpoint else None, weights_only=True)
     return save_and_test(parts, folder, trainer, task)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -139,9 +140,9 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return int(np.median([max(image_size(pair.image)) for pair in self.listed("train")]))
 
     def content(self, split: Split) -> str:
-        """Return what tells the files of a split from others: their number, names and sizes, hashed."""
+        """Return what tells the files of a split from others: their number, names, sizes and ends, hashed."""
         files = [
-            (name, *(file.stat().st_size for file in self.files(pair)))
+            (name, *(_fingerprint(file) for file in self.files(pair)))
             for name, pair in zip(self.names(split), self.listed(split), strict=True)
         ]
         return f"{len(files)} ({hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]})"
@@ -266,6 +267,14 @@ class SegmentationDataModule(LightningDataModule, ABC):
         image, count = Counter(pair.image for pair in pairs).most_common(1)[0]
         if count > 1:
             raise ValueError(f"{self.name}: {split} lists {image} {count} times; list each image once")
+
+
+def _fingerprint(file: Path) -> tuple[int, int]:
+    """Return a file's size and a checksum of its end, which in a compressed image depends on all of it."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        content.seek(max(0, size - 4096))
+        return size, zlib.crc32(content.read())
 
 
 def _limit_threads(worker: int) -> None:
