@@ -27,9 +27,9 @@ from pydantic_core import SchemaError
 from torch import Tensor, nn
 
 from convlora.callbacks import ProgressBar
+from convlora.checkpoint import RunCheckpoint
 from convlora.data.module import SegmentationDataModule
 from convlora.metrics.scores import Scores
-from convlora.run import RunCheckpoint
 from convlora.sam.zoo import Backbone, load_backbone
 from convlora.segmenter import Segmenter
 
@@ -239,7 +239,7 @@ def check_monitors(callbacks: Mapping[str, Callback], scores: Scores) -> None:
     """Refuse to watch a score that no validation gives, or none; raises ValueError."""
     if not isinstance(callbacks.get("best"), RunCheckpoint):
         raise ValueError(
-            "callbacks.best must be a convlora.run.RunCheckpoint, which chooses the epoch; leave it"
+            "callbacks.best must be a convlora.checkpoint.RunCheckpoint, which chooses the epoch; leave it"
         )
     known = [f"val/{name}" for name in ("loss", *scores.names)]
     for name, callback in callbacks.items():

@@ -20,9 +20,10 @@ from rich.progress import BarColumn
 from rich.table import Table
 
 from convlora import draw
+from convlora.checkpoint import RunCheckpoint
 from convlora.data.module import SegmentationDataModule, Split
 from convlora.inference import Predictor
-from convlora.run import RunCheckpoint, ScoreTable, write_rows
+from convlora.run import ScoreTable, write_rows
 from convlora.task import SegmentationTask
 
 FIXED, EXTREME = 4, 2  # samples of an overlay page: always the same ones, and the best and the worst

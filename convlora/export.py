@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from convlora import adapter, run
+from convlora.checkpoint import next_epoch, read_checkpoint
 from convlora.cli import command
 
 
@@ -33,10 +34,10 @@ def export(config: ExportConfig) -> None:
         raise FileNotFoundError(
             f"checkpoint={folder}: no {best}; name the folder of a run that has ended an epoch"
         )
-    checkpoint = run.read_checkpoint(best)
+    checkpoint = read_checkpoint(best)
     output = folder / adapter.NAME if config.output is None else Path(config.output)
     adapter.save(output, checkpoint["state_dict"], checkpoint["metadata"])
-    epochs = run.next_epoch(checkpoint)
+    epochs = next_epoch(checkpoint)
     Console(highlight=False, soft_wrap=True).print(f"adapter of epoch {epochs}: {output}")
 
 

@@ -13,6 +13,14 @@ from convlora import adapter, run
 from convlora.announce import announce, devices_of
 from convlora.build import Config, Parts, make, make_parts, make_segmenter, make_trainer
 from convlora.callbacks import Overlays, finish_wandb, make_progress, render_scores, test_each
+from convlora.checkpoint import (
+    RunCheckpoint,
+    StayStopped,
+    WholeFiles,
+    check_resumable,
+    next_epoch,
+    read_checkpoint,
+)
 from convlora.cli import command, given_overrides
 from convlora.task import SegmentationTask
 
@@ -64,10 +72,10 @@ def train(config: TrainConfig) -> float | None:
     for test in parts.tests:  # a missing test set should not come out after the training
         test.setup("test")
     table = run.ScoreTable()
-    callbacks: list[Callback] = [*parts.callbacks.values(), run.RunCheckpoint("last"), run.StayStopped()]
+    callbacks: list[Callback] = [*parts.callbacks.values(), RunCheckpoint("last"), StayStopped()]
     callbacks += [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
     trainer = make_trainer(config.trainer, callbacks, default_root_dir=str(folder))
-    trainer.strategy.checkpoint_io = run.WholeFiles()
+    trainer.strategy.checkpoint_io = WholeFiles()
     announce(config, parts, folder, trainer)
     with ExitStack() as stack:
         stack.enter_context(run.interruptible())
@@ -77,7 +85,8 @@ def train(config: TrainConfig) -> float | None:
         try:
             return fit_and_test(config, parts, folder, trainer)
         except BaseException as error:
-            is_told = trainer.global_step > 0 or isinstance(error, KeyboardInterrupt | SystemExit)
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            is_told = stopped or (trainer.global_step > 0 and not isinstance(error, FloatingPointError))
             if trainer.is_global_zero and is_told:
                 console.print(run.what_is_kept(folder, trainer), markup=False)
             if "DataLoader worker" in str(error):  # torch's word for a loader process that was killed
@@ -103,9 +112,9 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
     )
     last = folder / run.LAST
     if last.is_file():  # of the run that is resumed; one that saved nothing yet begins anew
-        checkpoint = run.read_checkpoint(last)
-        run.check_resumable(checkpoint, task, last)
-        data.start_epoch = run.next_epoch(checkpoint)
+        checkpoint = read_checkpoint(last)
+        check_resumable(checkpoint, task, last)
+        data.start_epoch = next_epoch(checkpoint)
     trainer.loggers = make_loggers(config.logger, folder, checkpoint)
     if trainer.is_global_zero:
         run.write_record(folder, given_overrides(), settings)
@@ -117,14 +126,14 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
 
 def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: SegmentationTask) -> float | None:
     """Save the best epoch as an adapter, test it and summarise the run; returns its validation score."""
-    best = next(each for each in trainer.checkpoint_callbacks if isinstance(each, run.RunCheckpoint))
+    best = next(each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint))
     fitted = {
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "fit_seconds": round(task.fit_seconds, 1),
     }
     if best.best_model_path:
-        task.load_state_dict(run.read_checkpoint(Path(best.best_model_path))["state_dict"])
+        task.load_state_dict(read_checkpoint(Path(best.best_model_path))["state_dict"])
     path = folder / adapter.NAME
     if trainer.is_global_zero:  # before the test, which may still meet a damaged image
         adapter.save(path, task.state_dict(), task.metadata)

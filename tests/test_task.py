@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from convlora import adapter, evaluate, predict, train
+from convlora.checkpoint import next_epoch, read_checkpoint
 from convlora.data.loading import Loading
 from convlora.data.sets.synthetic import Synthetic
 from convlora.data.transforms import SquareResize
@@ -29,7 +30,6 @@ from convlora.metrics.saliency import mae
 from convlora.metrics.scores import Scores
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.gating import NoisyTopKGate
-from convlora.run import next_epoch, read_checkpoint
 from convlora.sam.zoo import SamViT
 from convlora.segmenter import Segmenter, restore_size
 from convlora.task import SegmentationTask, parameter_groups
