@@ -225,22 +225,23 @@ def keep_metrics(logger: CSVLogger, path: Path, step: int) -> None:
     logger.save()
 
 
-def what_is_kept(folder: Path, trainer: Trainer) -> str:
-    """Tell a user whose run was stopped what is there and how to go on."""
+def what_is_kept(folder: Path, trainer: Trainer, error: BaseException) -> str:
+    """Tell a user what is there of a run that an error or a signal stopped, and how to go on."""
     again = f"python -m convlora.train {in_shell('resume', folder)}"
     if not (folder / LAST).is_file():
-        stopped = (
-            f"\nstopped in epoch 1 of {trainer.max_epochs}; no epoch had ended, so that nothing is saved"
-        )
-        return f"{stopped}\nbegin again: {again}" if (folder / RECORD).is_file() else stopped
+        stopped = f"stopped in epoch 1 of {trainer.max_epochs}; no epoch had ended, so that nothing is saved"
+        return f"\n{stopped}\nbegin again: {again}" if (folder / RECORD).is_file() else f"\n{stopped}"
     epochs = next_epoch(read_checkpoint(folder / LAST))
     where = "the test" if trainer.testing else f"epoch {max(epochs, trainer.current_epoch) + 1}"
-    return (
-        f"\nstopped in {where} of {trainer.max_epochs} epochs\n"
-        f"kept: {folder / LAST} after {epochs} epochs, {folder / BEST} of the best of them\n"
-        f"go on: {again}\n"
-        f"use the best so far: python -m convlora.export {in_shell('checkpoint', folder)}"
-    )
+    lines = [
+        f"\nstopped in {where} of {trainer.max_epochs} epochs",
+        f"kept: {folder / LAST} after {epochs} epochs, {folder / BEST} of the best of them",
+        f"go on: {again}",
+        f"use the best so far: python -m convlora.export {in_shell('checkpoint', folder)}",
+    ]
+    if isinstance(error, FloatingPointError):  # which the resumed run would meet again
+        lines.pop(2)
+    return "\n".join(lines)
 
 
 def assign(key: str, value: object) -> str:

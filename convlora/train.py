@@ -85,11 +85,10 @@ def train(config: TrainConfig) -> float | None:
         try:
             return fit_and_test(config, parts, folder, trainer)
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            is_told = stopped or (trainer.global_step > 0 and not isinstance(error, FloatingPointError))
+            is_told = trainer.global_step > 0 or isinstance(error, KeyboardInterrupt | SystemExit)
             if trainer.is_global_zero and is_told:
-                console.print(run.what_is_kept(folder, trainer), markup=False)
-            if "DataLoader worker" in str(error):  # torch's word for a loader process that was killed
+                console.print(run.what_is_kept(folder, trainer, error), markup=False)
+            if "DataLoader worker (pid" in str(error):  # torch's word for a loader process that was killed
                 raise OSError(f"{error}; if memory ran out, lower loading.num_workers") from error
             raise
         finally:
