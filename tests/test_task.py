@@ -362,3 +362,4 @@ def test_broken_numbers_end_the_run_and_leave_the_last_good_checkpoint(
         assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
     assert not Path("run/adapter.safetensors").exists()
     assert "run/last.ckpt after 1 epochs" in done.out
+    assert "go on:" not in done.out  # to meet the same again
