@@ -56,12 +56,10 @@ class ProgressBar(RichProgressBar):
     """Lightning's bar within 100 columns: short, without its speed and the logger's version number."""
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Return what is shown of each stage."""
         description, _, batches, times, _ = super().configure_columns(trainer)
         return [description, BarColumn(bar_width=12), batches, times]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return what is shown beside the bar."""
         shown = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in shown.items() if name != "v_num"}
 
@@ -70,7 +68,6 @@ class EpochLines(Callback):
     """Prints a line after each epoch: time, mean losses, the score that chooses, and the best so far."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         self.start, self.batches = time.monotonic(), 0
         self.sums: dict[str, Any] = defaultdict(float)
 
@@ -82,7 +79,6 @@ class EpochLines(Callback):
                 self.sums[name] += trainer.callback_metrics[name].detach()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line."""
         if not trainer.is_global_zero:
             return
         best = next(each for each in trainer.checkpoint_callbacks if isinstance(each, RunCheckpoint))
@@ -160,7 +156,6 @@ class Overlays(Callback):
                     logger.experiment.add_image(f"{tag}/{number}", picture, step, dataformats="HWC")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page."""
         if not trainer.is_global_zero or not self.table.rows or self.path is None:
             return
         assert isinstance(pl_module, SegmentationTask)

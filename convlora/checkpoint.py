@@ -51,7 +51,6 @@ class WholeFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the file."""
         new = Path(f"{path}.new")
         torch.save(checkpoint, new)
         new.replace(path)
@@ -72,7 +71,6 @@ class RunCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save to the run folder."""
         self.dirpath = trainer.default_root_dir
         super().setup(trainer, pl_module, stage)
 
@@ -91,7 +89,6 @@ class StayStopped(Callback):
     """Ends a resumed run at once that early stopping had ended; Lightning would train another epoch."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what early stopping restored."""
         stops = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # type: ignore[attr-defined]
         if any(stop.stopped_epoch > 0 for stop in stops):
             trainer.should_stop = True

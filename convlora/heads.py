@@ -48,7 +48,6 @@ class PerClass:
     """A mask for each class."""
 
     def build(self, decoder: SamMaskDecoder, num_classes: int) -> "PerClassDecoder":
-        """See `Head`."""
         return PerClassDecoder(decoder, num_classes)
 
 
@@ -90,5 +89,4 @@ class PerClassDecoder(MaskDecoder):
         return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Return the outputs, which are the logits."""
         return outputs

@@ -28,7 +28,6 @@ class StructureLoss(nn.Module):
         self.boundary_weighted = boundary_weighted
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Return the scalar loss, computed in float32."""
         logits, target, valid = _binary(logits, masks)
         # an ignored neighbour is taken for what the pixel itself is, so that it makes no boundary
         around = local_mean(target) + target * local_mean(1 - valid)
@@ -46,7 +45,6 @@ class BceDiceLoss(nn.Module):
     """Binary cross-entropy, a mean over pixels, plus soft Dice loss (Milletari et al., 3DV 2016)."""
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Return the scalar loss, computed in float32."""
         logits, target, valid = _binary(logits, masks)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return (weighted_mean(cross_entropy, valid) + binary_dice_loss(logits, target, valid)).mean()
@@ -68,7 +66,6 @@ class FocalDiceLoss(nn.Module):
         self.alpha = alpha
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Return the scalar loss, computed in float32."""
         logits, target, valid = _binary(logits, masks)
         focal = sigmoid_focal_loss(logits, target, self.alpha, self.gamma)
         return (weighted_mean(focal, valid) + binary_dice_loss(logits, target, valid)).mean()
@@ -83,7 +80,6 @@ class BalancedBceLoss(nn.Module):
     """
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Return the scalar loss, computed in float32."""
         logits, target, valid = _binary(logits, masks)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         share = weighted_mean(target, valid)[:, None, None, None]
@@ -95,7 +91,6 @@ class CrossEntropyDiceLoss(nn.Module):
     """Softmax cross-entropy, a mean over pixels, plus soft Dice loss, a mean over the classes in the mask."""
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Return the scalar loss, computed in float32."""
         logits, ids = logits.float(), masks[:, 0].long()
         if logits.shape[1] < 2:
             raise ValueError("cross_entropy_dice is for several classes, here is one; set loss=structure")

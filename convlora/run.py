@@ -273,15 +273,12 @@ class ScoreTable(Callback):
         self.rows: dict[str, dict[str, float]] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier test."""
         self.rows = {}
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Take the scores of one batch."""
         self.rows.update(outputs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the ranks."""
         if trainer.world_size > 1:
             parts: list[dict[str, dict[str, float]]] = [{}] * trainer.world_size
             torch.distributed.all_gather_object(parts, self.rows)

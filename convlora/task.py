@@ -113,7 +113,6 @@ class SegmentationTask(LightningModule):
         self._watched = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score a batch of the validation set."""
         self._score("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, dict[str, float]]:
@@ -143,7 +142,6 @@ class SegmentationTask(LightningModule):
             )
 
     def on_test_epoch_end(self) -> None:
-        """Log the means over the test set."""
         self._log_scores("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -42,7 +42,6 @@ class Masks:
     threshold: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the settings against each other."""
         count = len(self.class_names)
         if not 1 <= count <= MAX_CLASSES or len(set(self.class_names)) < count:
             raise ValueError(

@@ -101,7 +101,6 @@ class SegmentationDataModule(LightningDataModule, ABC):
     """Whether images are drawn from numbers, so that no file is read."""
 
     def __post_init__(self) -> None:
-        """Check the description of the classes."""
         super().__init__()
         self.root = Path(self.root)  # configs give a str
         self.masks = Masks(

@@ -41,11 +41,9 @@ class SquareResize:
     image_size: int
 
     def steps(self) -> list[A.BasicTransform]:
-        """See `Resize`."""
         return [_Scale(self.content), A.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 
     def content(self, height: int, width: int) -> tuple[int, int]:
-        """See `Resize`; the whole square."""
         return self.image_size, self.image_size
 
 
@@ -56,7 +54,6 @@ class LongestSideResize:
     image_size: int
 
     def steps(self) -> list[A.BasicTransform]:
-        """See `Resize`."""
         # SAM pads after normalising, so that the padding is the mean colour and not black
         pad = A.PadIfNeeded(
             self.image_size,
@@ -69,7 +66,6 @@ class LongestSideResize:
         return [_Scale(self.content), A.Normalize(IMAGENET_MEAN, IMAGENET_STD), pad]
 
     def content(self, height: int, width: int) -> tuple[int, int]:
-        """See `Resize`."""
         scale = self.image_size / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -94,7 +90,6 @@ class _Scale(A.DualTransform):  # type: ignore[misc]
         self.content = content
 
     def apply(self, img: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
-        """Scale an image."""
         size = self.content(*img.shape[:2])
         if size == img.shape[:2]:
             return img
@@ -105,7 +100,6 @@ class _Scale(A.DualTransform):  # type: ignore[misc]
         return np.ascontiguousarray(scaled[0].permute(1, 2, 0).numpy())
 
     def apply_to_mask(self, mask: NDArray[np.uint8], **params: Any) -> NDArray[np.uint8]:
-        """Scale a mask."""
         height, width = self.content(*mask.shape[:2])
         # of OpenCV's two nearest modes only this one samples at pixel centres; the other shifts masks
         return np.asarray(cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))

@@ -29,7 +29,6 @@ class ClassScores(Sums):
         self.names = ("miou", "accuracy", "mean_accuracy", *self.iou_names)
 
     def sums(self, classes: Gray, prob: Gray, mask: Gray) -> Values:
-        """Return the confusion matrix of one image, flat."""
         valid = mask != IGNORED
         pairs = mask[valid].astype(np.int64) * self.num_classes + classes[valid]
         return np.bincount(pairs, minlength=self.num_classes**2).astype(np.float64)

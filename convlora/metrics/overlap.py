@@ -44,11 +44,9 @@ class Pooled(Sums):
         super().__init__(size=3)
 
     def sums(self, classes: Gray, prob: Gray, mask: Gray) -> Sequence[float]:
-        """Return the counts of one image."""
         return count(prob, mask == 1)
 
     def scores(self, total: Values, count: int) -> Mapping[str, float]:
-        """Return both ratios."""
         hits, wrong = total[0], total[1] + total[2]
         if hits + wrong == 0:
             return dict.fromkeys(self.names, 1.0 if count else np.nan)

@@ -64,7 +64,6 @@ class Curve(Sums):
         super().__init__(size=LEVELS + 1)
 
     def scores(self, total: Values, count: int) -> Mapping[str, float]:
-        """Return mean, maximum and adaptive measure."""
         curve, adaptive = total[:LEVELS] / count, total[LEVELS] / np.float64(count)
         return dict(zip(self.names, (curve.mean(), curve.max(), adaptive), strict=True))
 

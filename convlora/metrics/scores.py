@@ -76,11 +76,9 @@ class ImageMean(Sums):
         self.score = score
 
     def sums(self, classes: Gray, prob: Gray, mask: Gray) -> Sequence[float]:
-        """Return the image's score."""
         return [self.score(prob, mask == 1)]
 
     def scores(self, total: Values, count: int) -> Mapping[str, Any]:
-        """Return the mean."""
         return {self.names[0]: total[0] / np.float64(count)}
 
 

@@ -25,11 +25,9 @@ class BalancedErrorRate(Sums):
         super().__init__(size=4)
 
     def sums(self, classes: Gray, prob: Gray, mask: Gray) -> Values:
-        """Return the counts of one image."""
         return np.array([*count(prob, mask == 1), mask.size], np.float64)
 
     def scores(self, total: Values, count: int) -> Mapping[str, float]:
-        """Return the rate."""
         return {"ber": balanced_error_rate(total)}
 
 

@@ -106,7 +106,6 @@ class ConvLoRAEquation(LinearMethod):
             raise ValueError(f"peft.gate={self.gate} is no gate; choose one such as peft/gate=noisy_top_k")
 
     def adapt(self, layer: nn.Linear) -> ConvLoRAEquationLinear:
-        """Return the layer with a mixture in its update."""
         return ConvLoRAEquationLinear(
             layer, self.rank, self.rank, self.num_experts, self.gate, self.interpolation
         )
@@ -123,5 +122,4 @@ class ConvLoRA(ConvLoRAEquation):
     alpha: float = 32.0
 
     def adapt(self, layer: nn.Linear) -> ConvLoRALinear:
-        """Return the layer with a mixture in its update."""
         return ConvLoRALinear(layer, self.rank, self.alpha, self.num_experts, self.gate, self.interpolation)

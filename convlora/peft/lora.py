@@ -56,5 +56,4 @@ class LoRA(LinearMethod):
             raise ValueError(f"peft.rank={self.rank} must be at least 1")
 
     def adapt(self, layer: nn.Linear) -> LoRALinear:
-        """Return the layer with a low-rank update."""
         return LoRALinear(layer, self.rank, self.alpha)

@@ -10,5 +10,4 @@ class DecoderOnly:
     """The baseline of the paper's tables: the encoder stays as it is, the mask decoder alone is trained."""
 
     def inject(self, encoder: nn.Module) -> nn.Module:
-        """Return the frozen encoder."""
         return encoder

@@ -168,7 +168,6 @@ class Tile(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of all inputs."""
         q, k, v, row_table, col_table = ctx.saved_tensors
         n, y, w, d = q.shape
         flat = grad.reshape(n, y * w, d)

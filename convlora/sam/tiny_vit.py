@@ -99,7 +99,6 @@ class TinyViTEncoder(nn.Module):
         return [block for stage in self.stages for block in stage.blocks]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode images."""
         images = images.contiguous(memory_format=torch.channels_last)  # depthwise convolutions run faster so
         embeddings: Tensor = self.neck(self.stages(self.patch_embed(images)))
         return embeddings

@@ -182,7 +182,6 @@ class SamViT(Backbone):
         return encoder  # type: ignore[no-any-return]
 
     def padding_advice(self) -> str | None:
-        """See `Backbone`."""
         return super().padding_advice() if set(range(self.depth)) - set(self.global_attn_indexes) else None
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,7 +207,6 @@ class MobileSam(Backbone):
     """
 
     def build_encoder(self) -> nn.Module:
-        """Return TinyViT with SAM's neck."""
         return TinyViTEncoder()
 
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

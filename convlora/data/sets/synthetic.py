@@ -71,7 +71,6 @@ class Synthetic(SegmentationDataModule):
         return []
 
     def read(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Draw the scene that `pair` names."""
         split, index = SPLITS.index(pair.image.parts[-3]), int(pair.image.stem)
         return draw_scene(np.random.default_rng([self.scene_seed, split, index]), self.size)
 
