@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.utils import get_object
@@ -168,21 +168,18 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
         found = metadata.get("format", "unmarked")
         raise ValueError(f"{path} is no {FORMAT} file but {found}; use an adapter that this version trained")
     config = json.loads(metadata["config"])
-    parts = {section: _trusted(path, section, config[section]) for section in PACKAGES}
-    if weights is not None:
-        parts["model"]["weights"] = weights
     precision = precision or metadata["precision"]
     check_precision("precision", precision)
-    if not is_half(precision):
-        parts["model"]["frozen_dtype"] = "float32"
+    given = {"weights": weights, "frozen_dtype": None if is_half(precision) else "float32"}
+    parts = {section: make(section, _trusted(path, section, config[section])) for section in PACKAGES}
+    backbone = replace(parts["model"], **{key: value for key, value in given.items() if value is not None})
     names, colors = json.loads(metadata["class_names"]), json.loads(metadata["class_colors"])
-    segmenter, identity = make_segmenter(parts["model"], parts["peft"], parts["head"], len(names))
+    segmenter, identity = make_segmenter(backbone, parts["peft"], parts["head"], len(names))
     way_out = "set model.weights=PATH to the weights it was trained on"
     check_agreement(f"adapter {path}", metadata, identity, way_out)
     segmenter.load_trainable_state(state)
-    resize: Resize = make("resize", parts["resize"])
     classes = dict(zip(names, colors, strict=True))
-    return Adapter(segmenter.eval(), resize, classes, precision, metadata)
+    return Adapter(segmenter.eval(), parts["resize"], classes, precision, metadata)
 
 
 def _trusted(path: Path, section: str, config: Config) -> Config:

@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from convlora.callbacks import ProgressBar
 from convlora.checkpoint import RunCheckpoint
 from convlora.data.module import SegmentationDataModule
+from convlora.heads import Head
 from convlora.metrics.scores import Scores
+from convlora.peft.method import Method
 from convlora.sam.zoo import Backbone, load_backbone
 from convlora.segmenter import Segmenter
 
@@ -64,6 +66,8 @@ class Parts:
         data: the data set that is trained on.
         tests: all that are tested on, `data` the first.
         backbone: recipe of the frozen SAM.
+        method: recipe of what learns in the encoder.
+        head: recipe of the mask decoder.
         outline: the segmenter without storage.
         loss: of the head's outputs.
         scores: of a validation or test.
@@ -74,6 +78,8 @@ class Parts:
     data: SegmentationDataModule
     tests: list[SegmentationDataModule]
     backbone: Backbone
+    method: Method
+    head: Head
     outline: Segmenter
     loss: nn.Module
     scores: Scores
@@ -97,12 +103,12 @@ def make_parts(config_name: str, config: Any) -> Parts:
     data: SegmentationDataModule = make("dataset", config.dataset, loading=loading)
     tests = [data, *make_test_sets(config.test_sets, config_name, data)]
     backbone: Backbone = make("model", config.model)
+    method: Method = make("peft", config.peft)
+    head: Head = make("head", config.head)
     check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     with torch.device("meta"):
-        outline = Segmenter(
-            backbone.build(), make("peft", config.peft), make("head", config.head), data.num_classes
-        )
+        outline = Segmenter(backbone.build(), method, head, data.num_classes)
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
     loss = make_loss(config.loss, outline)
     optimizer: Optimizer = make("optimizer", config.optimizer)
@@ -110,20 +116,19 @@ def make_parts(config_name: str, config: Any) -> Parts:
         name: make(f"callbacks.{name}", part) for name, part in config.callbacks.items() if part is not None
     }
     check_monitors(callbacks, scores)
-    return Parts(data, tests, backbone, outline, loss, scores, optimizer, callbacks)
+    return Parts(data, tests, backbone, method, head, outline, loss, scores, optimizer, callbacks)
 
 
 def make_segmenter(
-    model: Config, peft: Config, head: Config, num_classes: int
+    backbone: Backbone, method: Method, head: Head, num_classes: int
 ) -> tuple[Segmenter, dict[str, str]]:
     """Build a segmenter on pretrained weights.
 
     Returns:
         The segmenter and the identity of its base weights: name and SHA-256.
     """
-    backbone: Backbone = make("model", model)
     sam, sha256 = load_backbone(backbone)
-    segmenter = Segmenter(sam, make("peft", peft), make("head", head), num_classes)
+    segmenter = Segmenter(sam, method, head, num_classes)
     return segmenter, {"base": backbone.name, "base_sha256": sha256}
 
 

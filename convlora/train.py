@@ -99,7 +99,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
     """Train on the first data set, test on all, write the run folder; returns the best validation score."""
     data, checkpoint = parts.data, None
     seed_everything(config.seed, workers=True, verbose=False)
-    segmenter, identity = make_segmenter(config.model, config.peft, config.head, data.num_classes)
+    segmenter, identity = make_segmenter(parts.backbone, parts.method, parts.head, data.num_classes)
     if config.compile:
         segmenter.compile_encoder()
     settings = asdict(config) | {"run_dir": str(folder), "resume": None}

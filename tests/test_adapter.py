@@ -25,7 +25,7 @@ CONFIG = {"model": MODEL, "peft": PEFT, "head": HEAD, "resize": RESIZE}
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    segmenter, identity = make_segmenter(MODEL, PEFT, HEAD, num_classes=1)
+    segmenter, identity = make_segmenter(make("model", MODEL), make("peft", PEFT), make("head", HEAD), 1)
     for value in segmenter.trainable_state().values():
         value.normal_(std=0.1)
     data = Synthetic(train_size=3, val_size=1, test_size=1, size=40, class_names=["thing"],
