@@ -104,8 +104,13 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         segmenter.compile_encoder()
     settings = asdict(config) | {"run_dir": str(folder), "resume": None}
     metadata = adapter.describe(settings, data, identity, str(trainer.precision))
-    facts = {**identity, "training images": data.content("train"), "devices": devices_of(trainer)}
-    facts["precision"] = str(trainer.precision)
+    facts = {
+        **identity,
+        "training images": data.content("train"),
+        "validation images": data.content("val"),
+        "devices": devices_of(trainer),
+        "precision": str(trainer.precision),
+    }
     task = SegmentationTask(
         segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed
     )
