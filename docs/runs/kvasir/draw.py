@@ -40,7 +40,7 @@ def main() -> None:
             axis.set_axis_off()
     for axis, title in zip(grid[0], ["image", "truth", *predictors], strict=True):
         axis.set_title(f"{title}\n{axis.get_title()}", fontsize=17)
-    figure.savefig(output, dpi=90, pil_kwargs={"quality": 85})
+    figure.savefig(output, dpi=90, pil_kwargs={"quality": 80})
 
 
 if __name__ == "__main__":
