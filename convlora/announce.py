@@ -83,7 +83,7 @@ def describe_schedule(data: SegmentationDataModule, trainer: Config, devices: in
     batches = math.ceil(math.ceil(images / devices) / batch_size)
     batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
     steps = math.ceil(batches / trainer["accumulate_grad_batches"])
-    return f"{epochs} epochs of {steps:,} steps, {epochs * steps:,} in all"
+    return f"{epochs * steps:,} steps in {epochs} epochs of {steps:,}"
 
 
 def spell(config: Any) -> str:

@@ -212,7 +212,8 @@ def _explain(error: Exception, full: bool) -> str:
 
 def _quiet() -> None:
     """Leave the terminal to the command's own lines."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers",
         ".*isinstance.treespec, LeafSpec",

@@ -67,7 +67,7 @@ def test_a_mistake_is_one_line_that_names_the_key(
 def test_any_argument_of_lightnings_trainer_is_taken_as_it_is(cli: Commands) -> None:
     done = cli(train, *QUIET, "trainer.limit_train_batches=2", "+trainer.limit_val_batches=1", "run_dir=run")
     assert done.code == 0, done.err
-    assert "1 epochs of 2 steps, 2 in all" in done.out
+    assert "2 steps in 1 epochs of 2" in done.out
     assert "\n0,1," in Path("run/metrics.csv").read_text()
 
 
@@ -127,3 +127,9 @@ def test_a_sweeps_folders_can_be_pasted_and_never_collide(overrides: str) -> Non
     assert re.fullmatch(rf"[A-Za-z0-9._-]{{1,{FOLDER_NAME}}}", name)
     others = {folder_name(overrides + end) for end in ("'", " ", "é", "]", "[")}
     assert len(others | {name}) == 6
+
+
+def test_no_arguments_are_arguments_too(cli: Commands) -> None:
+    done = cli(train, "--cfg", "job")
+    assert done.code == 0, done.err
+    assert cli(export).err == "error: checkpoint must be given; write checkpoint=VALUE"

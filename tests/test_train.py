@@ -43,7 +43,7 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) ->
     assert said["scores"].startswith("dice, iou, mae, ")
     assert "val/dice (max) chooses the epoch" in done.out
     assert said["optimiser"].startswith("AdamW(lr=0.001, weight_decay=0.0001, ")
-    assert said["schedule"] == "2 epochs of 3 steps, 6 in all"
+    assert said["schedule"] == "6 steps in 2 epochs of 3"
     assert said["precision"] == "32-true"
     assert said["devices"] == "1 x cpu"
     assert said["batch"] == "4 = 2 per device x 1 device x 2 accumulated"

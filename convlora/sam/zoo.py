@@ -5,7 +5,6 @@ weights, `convert()` renames and resamples a public checkpoint to it. `load_back
 the hash by which an adapter recognises the weights it was trained on.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from convlora.sam.attention import RelPosAttention, resample_offsets
 from convlora.sam.tiny_vit import TinyViTEncoder, convert_mobile_sam
 
 FROZEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-log = logging.getLogger(__name__)
 
 
 class Sam(nn.Module):
@@ -228,7 +225,6 @@ def load_backbone(backbone: Backbone) -> tuple[Sam, str]:
     """
     path = backbone.weights_path
     if path is None:
-        log.warning("%s: random frozen weights, there is no public checkpoint of it", backbone.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             sam = backbone.build()
