@@ -171,7 +171,7 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
     precision = precision or metadata["precision"]
     check_precision("precision", precision)
     given = {"weights": weights, "frozen_dtype": None if is_half(precision) else "float32"}
-    parts = {section: make(section, _trusted(path, section, config[section])) for section in PACKAGES}
+    parts = {section: make(section, _trusted(path, section, config.get(section, {}))) for section in PACKAGES}
     backbone = replace(parts["model"], **{key: value for key, value in given.items() if value is not None})
     names, colors = json.loads(metadata["class_names"]), json.loads(metadata["class_colors"])
     segmenter, identity = make_segmenter(backbone, parts["peft"], parts["head"], len(names))
@@ -190,7 +190,10 @@ def _trusted(path: Path, section: str, config: Config) -> Config:
     """
     target = str(config.get("_target_"))
     offered = target.startswith(PACKAGES[section])
-    found = get_object(target) if offered else None
+    try:
+        found = get_object(target) if offered else None
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{path} needs {target}, which this version lacks; update the library") from error
     if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != target:
         raise ValueError(f"{path} asks for {target}, which is no {section} of this library; it was not built")
     known = {OmegaConf.select(OmegaConf.load(file), "url") for file in (CONF / "model").glob("*.yaml")}

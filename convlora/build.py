@@ -196,6 +196,7 @@ def make_trainer(config: Config, callbacks: Sequence[Callback], **given: Any) ->
     trainer: Trainer = make(
         "trainer",
         config,
+        ("enable_progress_bar", "precision"),
         logger=False,
         callbacks=list(callbacks),
         use_distributed_sampler=False,
@@ -287,18 +288,22 @@ def resolve(cfg: DictConfig) -> Config:
     return {str(key): value for key, value in settings.items()}
 
 
-def make(section: str, config: Mapping[str, Any], **given: Any) -> Any:
+def make(section: str, config: Mapping[str, Any], replaced: Sequence[str] = (), **given: Any) -> Any:
     """Build the object that a config section describes, after checking it against the target's signature.
 
     Args:
         section: the section's name, for messages.
         config: `_target_` and its arguments.
-        given: further arguments, in place of the config's.
+        replaced: those of its keys in whose place something is given.
+        given: further arguments, which the config does not set.
 
     Raises:
         ValueError: a key that the target does not take, a value of a wrong type, or no such target.
         Exception: what the target raised.
     """
+    for key in given:
+        if config.get(key) is not None and key not in replaced:
+            raise ValueError(f"{section}.{key} is set by the command itself; leave it out")
     _check_section(section, {key: value for key, value in config.items() if key not in given})
     try:
         if not given:
@@ -346,7 +351,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 def _check_type(path: str, value: object, hint: Any) -> None:
     try:
-        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        taken = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except (PydanticUserError, SchemaError, NameError, TypeError):
         return  # no type that a value could be checked against
     except ValidationError as error:
@@ -354,6 +359,8 @@ def _check_type(path: str, value: object, hint: Any) -> None:
         way_out = f"; write {path}=[{value}]" if first["type"] in ("list_type", "sequence_str") else ""
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise ValueError(f"{path}={value} is not possible: {reason}{way_out}") from error
+    if (type(value), type(taken)) in ((float, int), (str, int), (str, float), (str, bool)):
+        raise ValueError(f"{path}={value!r} is not possible: it is read as {taken}; write {path}={taken}")
 
 
 def _check_section(section: str, config: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from convlora.task import SegmentationTask, check_agreement
@@ -88,7 +88,17 @@ class RunCheckpoint(ModelCheckpoint):
 class StayStopped(Callback):
     """Ends a resumed run at once that early stopping had ended; Lightning would train another epoch."""
 
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stopped": self.stopped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.stopped = state_dict["stopped"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Any) -> None:
+        self.stopped = trainer.should_stop
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stops = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))  # type: ignore[attr-defined]
-        if any(stop.stopped_epoch > 0 for stop in stops):
-            trainer.should_stop = True
+        trainer.should_stop = trainer.should_stop or self.stopped

@@ -71,8 +71,7 @@ def command(
                     config[folder] = HydraConfig.get().runtime.output_dir
                 given = [] if folder is None else [assign(folder, config[folder])]
                 # for the processes of further devices, which Lightning starts with the arguments of this one
-                config_dir = [f"--config-dir={path}" for path in _config_dir(sys.argv[1:])]
-                sys.argv[1:] = [*config_dir, *HydraConfig.get().overrides.task, *given]
+                sys.argv[1:] = [*_surroundings(), *HydraConfig.get().overrides.task, *given]
                 return job(schema(**config))
             except USER_ERRORS as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # whose other jobs go on
@@ -97,9 +96,29 @@ def command(
 
 def given_overrides() -> list[str]:
     """Return the arguments of this job that set a value or choose a file, as a user writes them."""
-    options = [f"--config-dir={Path(path).resolve()}" for path in _config_dir(sys.argv[1:])]
-    given = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
-    return [*options, *(each for each in given if _key(each) not in ("resume", "run_dir"))]
+    given = [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
+    return [*_surroundings(), *(each for each in given if _key(each) not in ("resume", "run_dir"))]
+
+
+def _surroundings() -> list[str]:
+    """Return the options by which hydra finds the files of this command."""
+    given = get_args_parser().parse_args(sys.argv[1:])
+    folder = [] if given.config_dir is None else [f"--config-dir={Path(given.config_dir).resolve()}"]
+    name = [] if given.config_name is None else [f"--config-name={given.config_name}"]
+    paths = [each for each in HydraConfig.get().overrides.hydra if _key(each) == "hydra.searchpath"]
+    return [*folder, *name, *paths]
+
+
+def refuse_idle(*prefixes: str) -> None:
+    """Refuse arguments that this command has no use for, by the beginning of their keys.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    for argument in given_overrides():
+        key = argument.lstrip("+~").partition("=")[0]
+        if key != "model.weights" and any(key == each or key.startswith(f"{each}.") for each in prefixes):
+            raise ValueError(f"{key} has no effect here, the adapter brings its own; leave it out")
 
 
 def folder_name(overrides: str) -> str:
@@ -202,7 +221,7 @@ def _explain(error: Exception, full: bool) -> str:
         traceback.print_exc()
     message = str(error)
     if message.startswith("Caught "):  # a loader process wraps its error in a traceback
-        message = message.rstrip().splitlines()[-1].partition("Error: ")[2]
+        message = re.split(r"^\S*Error: ", message, flags=re.MULTILINE)[-1]
     elif isinstance(error, MissingMandatoryValue):
         message = f"{error.full_key} must be given; write {error.full_key}=VALUE"
     elif isinstance(error, OmegaConfBaseException):  # what follows are its internals

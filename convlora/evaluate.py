@@ -9,7 +9,7 @@ from rich.console import Console
 from convlora import adapter, run
 from convlora.build import Config, check_classes, make, make_loss, make_test_sets, make_trainer
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
-from convlora.cli import command, given_overrides
+from convlora.cli import command, refuse_idle
 from convlora.data.module import SegmentationDataModule
 from convlora.task import SegmentationTask
 
@@ -39,10 +39,15 @@ def evaluate(config: EvaluateConfig) -> None:
 
     Raises:
         OSError: the output cannot be made.
-        ValueError: the adapter and a data set differ in their classes, or the precision is given twice.
+        ValueError: the adapter and a data set differ in their classes, or a setting has no effect.
     """
-    if any(each.startswith("trainer.precision=") for each in given_overrides()):
-        raise ValueError("trainer.precision is that of the training; precision=... computes in another")
+    refuse_idle(
+        "model",
+        "augment",
+        "resize",
+        "trainer.precision",
+        *(f"loading.{key}" for key in ("resize", "augment", "shots", "cache", "seed")),
+    )
     trained = adapter.read(config.checkpoint, config.model["weights"], config.precision)
     loading = make("loading", config.loading, resize=trained.resize)
     data: SegmentationDataModule = make("dataset", config.dataset, loading=loading)

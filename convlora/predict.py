@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from convlora import draw, run
 from convlora.adapter import load
 from convlora.build import Config
-from convlora.cli import command
+from convlora.cli import command, refuse_idle
 from convlora.data.images import list_images, read_image
 from convlora.inference import Found
 
@@ -73,6 +73,7 @@ def predict(config: PredictConfig) -> None:
     Raises:
         SystemExit: with code 1 where an image could not be read; all others are done by then.
     """
+    refuse_idle("model")
     source, output = Path(config.input), Path(config.output)
     paths = find_images(source, output)
     predictor = load(config.checkpoint, config.model["weights"], config.precision, config.device)

@@ -48,7 +48,7 @@ def prepare(config: PrepareConfig) -> None:
     """
     settings = config.dataset  # all of it is got and checked, whatever part a training would take
     whole = {"test_subsets": settings["subsets"]} if settings.get("test_subsets") else {}
-    data: SegmentationDataModule = make("dataset", settings, **whole)
+    data: SegmentationDataModule = make("dataset", settings, ["test_subsets"], **whole)
     if config.action == "download":
         download(data)
     elif config.action == "check":

@@ -28,6 +28,8 @@ from convlora.segmenter import Segmenter
 
 MEBIBYTE = 2**20
 RECORD, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
+# What a run writes before its first step; all else in its folder is somebody's
+OWN = (RECORD, f"{RECORD}.new", "hparams.yaml", "metrics.csv", "wandb", "tensorboard", ".lock")
 # Settings in which a resumed run may differ: where things lie, and what is shown of them.
 FREE = (
     "command",
@@ -73,7 +75,7 @@ def hold(folder: Path, size: int, began: Callable[[], bool]) -> Iterator[None]:
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             lock.seek(0)
             raise OSError(
                 f"{folder} is in use by {lock.read().strip() or 'another process'}; wait until it has ended, "
@@ -88,8 +90,8 @@ def hold(folder: Path, size: int, began: Callable[[], bool]) -> Iterator[None]:
             yield
         except BaseException:
             if not began():
-                for path in set(folder.iterdir()) - kept:
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                for path in {folder / name for name in OWN} - kept:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
                 remove_empty(made)
             raise
 
@@ -127,7 +129,8 @@ def interruptible() -> Iterator[None]:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield
     finally:
@@ -230,9 +233,14 @@ def what_is_kept(folder: Path, trainer: Trainer, error: BaseException) -> str:
     again = f"python -m convlora.train {in_shell('resume', folder)}"
     if not (folder / LAST).is_file():
         stopped = f"stopped in epoch 1 of {trainer.max_epochs}; no epoch had ended, so that nothing is saved"
-        return f"\n{stopped}\nbegin again: {again}" if (folder / RECORD).is_file() else f"\n{stopped}"
+        known = (folder / RECORD).is_file() and not isinstance(error, FloatingPointError)
+        return f"\n{stopped}\nbegin again: {again}" if known else f"\n{stopped}"
     epochs = next_epoch(read_checkpoint(folder / LAST))
-    where = "the test" if trainer.testing else f"epoch {max(epochs, trainer.current_epoch) + 1}"
+    where = (
+        "the test"
+        if trainer.testing
+        else f"epoch {min(max(epochs, trainer.current_epoch) + 1, trainer.max_epochs or 1)}"
+    )
     lines = [
         f"\nstopped in {where} of {trainer.max_epochs} epochs",
         f"kept: {folder / LAST} after {epochs} epochs, {folder / BEST} of the best of them",

@@ -61,7 +61,7 @@ class SegmentationTask(LightningModule):
         )
         self.seconds = 0.0
         self._started = time.monotonic()
-        self._watched: tuple[Tensor, str] | None = None
+        self._watched: list[tuple[Tensor, str, str]] = []
         self._last_step = "no step ("
 
     @property
@@ -76,7 +76,8 @@ class SegmentationTask(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the gate's noise by the position in training, so that a resumed run draws the same."""
-        self._refuse_infinite()
+        if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._refuse_infinite()
         position = [self.seed, self.current_epoch, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
 
@@ -93,24 +94,31 @@ class SegmentationTask(LightningModule):
             self.log("train/aux_loss", aux, batch_size=len(batch.images))
             loss = loss + aux
         self._last_step = f"step {self.global_step} (epoch {self.current_epoch + 1}, learning rate {lr:.3g}, "
-        everywhere = self.all_gather(torch.isfinite(loss.detach()).float())
-        assert isinstance(everywhere, Tensor)
-        self._watched = (everywhere.min(), ", ".join(batch.names))
+        self._watched.append((torch.isfinite(loss.detach()), self._last_step, ", ".join(batch.names)))
         return loss
 
     def _refuse_infinite(self) -> None:
-        """Stop where the last step's loss was not finite; looked at late, so that no step waits for a GPU.
+        """Stop where the loss of a step was not finite; looked at now and then, so that few wait for a GPU.
 
         Raises:
-            FloatingPointError: it was not.
+            FloatingPointError: it was not, on any device.
         """
-        if self._watched is not None and not self._watched[0]:
+        if not self._watched:
+            return
+        finite, steps, names = zip(*self._watched, strict=True)
+        self._watched = []
+        own = torch.stack(finite).float()
+        gathered = self.all_gather(own)
+        assert isinstance(gathered, Tensor)
+        broken = (gathered.view(-1, len(own)).amin(dim=0) == 0).nonzero().flatten().tolist()
+        if broken:
+            first = broken[0]
+            images = "of another device" if own[first] else names[first]
             raise FloatingPointError(
-                f"the loss is not finite at {self._last_step}precision {self.trainer.precision}, images "
-                f"{self._watched[1]}); lower optimizer.lr, set trainer.precision=bf16-mixed or 32-true, or "
-                "look at these images, in a new run"
+                f"the loss is not finite at {steps[first]}precision {self.trainer.precision}, images "
+                f"{images}); lower optimizer.lr, set trainer.precision=bf16-mixed or 32-true, or look at "
+                "these images, in a new run"
             )
-        self._watched = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score("val", batch)

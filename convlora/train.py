@@ -83,6 +83,8 @@ def train(config: TrainConfig) -> float | None:
             size = run.count(parts.outline, trainable=True)
             stack.enter_context(run.hold(folder, size, lambda: trainer.global_step > 0))
         try:
+            if config.resume is None:  # nor has another been here since
+                run.check_unused(folder)
             return fit_and_test(config, parts, folder, trainer)
         except BaseException as error:
             is_told = trainer.global_step > 0 or isinstance(error, KeyboardInterrupt | SystemExit)
@@ -115,7 +117,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed
     )
     last = folder / run.LAST
-    if last.is_file():  # of the run that is resumed; one that saved nothing yet begins anew
+    if config.resume and last.is_file():  # a run that saved nothing yet begins anew
         checkpoint = read_checkpoint(last)
         check_resumable(checkpoint, task, last)
         data.start_epoch = next_epoch(checkpoint)

@@ -47,7 +47,7 @@ def one_line(err: str) -> str:
         (train, "ckpt_path=last", "ckpt_path has another name by now: write resume=RUN"),
         (evaluate, "checkpoint=run", "dataset=NAME must be given; there are aerial, "),
         (evaluate, "checkpoint=run peft=lora dataset=synthetic", "evaluate takes no peft=...; there "),
-        (evaluate, "checkpoint=a dataset=synthetic trainer.precision=32-true", "trainer.precision is"),
+        (evaluate, "checkpoint=a dataset=synthetic trainer.precision=32-true", "trainer.precision has no"),
         (predict, "input=a output=b", "checkpoint must be given; write checkpoint=VALUE"),
         (predict, "checkpoint=nowhere input=a.png output=b", "no adapter at nowhere; a training run"),
         (export, "checkpoint=nowhere", "checkpoint=nowhere: no nowhere/best.ckpt; name the folder"),

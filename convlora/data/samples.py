@@ -124,8 +124,7 @@ class TrainSamples(Dataset[Sample]):
         try:
             augmented = self.augment(image=image, mask=mask)
         except Exception as error:
-            error.add_note(f"while augmenting {self.pairs[index].image}")
-            raise
+            raise ValueError(f"{self.pairs[index].image} cannot be augmented: {error}") from error
         out = self.transform(image=augmented["image"], mask=augmented["mask"])
         content = self.resize.content(*augmented["mask"].shape)
         return Sample(to_tensor(out["image"]), torch.from_numpy(out["mask"]), content, self.names[index])
