@@ -88,17 +88,16 @@ class RunCheckpoint(ModelCheckpoint):
 class StayStopped(Callback):
     """Ends a resumed run at once that early stopping had ended; Lightning would train another epoch."""
 
-    def __init__(self) -> None:
-        self.stopped = False
+    stopped = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stopped": self.stopped}
+        return {"stopped": self.trainer.should_stop}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stopped = state_dict["stopped"]
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Any) -> None:
-        self.stopped = trainer.should_stop
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.should_stop = trainer.should_stop or self.stopped

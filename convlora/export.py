@@ -36,6 +36,8 @@ def export(config: ExportConfig) -> None:
         )
     checkpoint = read_checkpoint(best)
     output = folder / adapter.NAME if config.output is None else Path(config.output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output={output} must be a file name that ends in .safetensors")
     adapter.save(output, checkpoint["state_dict"], checkpoint["metadata"])
     epochs = next_epoch(checkpoint)
     Console(highlight=False, soft_wrap=True).print(f"adapter of epoch {epochs}: {output}")

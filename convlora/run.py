@@ -233,7 +233,7 @@ def what_is_kept(folder: Path, trainer: Trainer, error: BaseException) -> str:
     again = f"python -m convlora.train {in_shell('resume', folder)}"
     if not (folder / LAST).is_file():
         stopped = f"stopped in epoch 1 of {trainer.max_epochs}; no epoch had ended, so that nothing is saved"
-        known = (folder / RECORD).is_file() and not isinstance(error, FloatingPointError)
+        known = (folder / RECORD).is_file() and not isinstance(error, FloatingPointError | ValueError)
         return f"\n{stopped}\nbegin again: {again}" if known else f"\n{stopped}"
     epochs = next_epoch(read_checkpoint(folder / LAST))
     where = (
