@@ -15,6 +15,7 @@ CONTEXT.set_forkserver_preload(["convlora.train"])  # seconds of imports, once f
 
 
 def _train(folder: Path, arguments: tuple[str, ...], out: Path, err: Path) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as a command has it on Linux
     os.setsid()
     os.chdir(folder)
     for path, stream in ((out, 1), (err, 2)):
