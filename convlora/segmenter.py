@@ -11,7 +11,7 @@ from convlora import IGNORED
 from convlora.heads import Head, PerClass
 from convlora.peft.method import Method
 from convlora.sam.checkpoints import mismatches
-from convlora.sam.zoo import Sam
+from convlora.sam.zoo import Sam, checkpoint_blocks
 
 HALF = 128  # of 8-bit probabilities, the least that is at least one half
 
@@ -34,6 +34,9 @@ class Segmenter(nn.Module):
         sam.requires_grad_(False)
         self._frozen = [*sam.image_encoder.modules(), *sam.prompt_encoder.modules()]
         self.image_encoder = method.inject(sam.image_encoder)
+        if sam.activation_checkpointing:
+            blocks: Any = self.image_encoder.blocks
+            checkpoint_blocks(blocks)
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = head.build(sam.mask_decoder, num_classes).requires_grad_(True)
         _, dense_prompt = self.prompt_encoder(points=None, boxes=None, masks=None)

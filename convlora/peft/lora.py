@@ -1,13 +1,15 @@
 """LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): a trainable low-rank update of a frozen linear layer."""
 
+import copy
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from convlora.peft.method import LinearMethod
+from convlora.peft.method import Adapted, LinearMethod
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Adapted):
     """A frozen linear layer with its low-rank update: y = W x + (alpha / rank) B A x.
 
     A starts as PyTorch initialises a linear layer, B at zero: the adapted layer starts as the frozen one.
@@ -35,6 +37,15 @@ class LoRALinear(nn.Module):
         update: Tensor = self.lora_b(self.bottleneck(self.lora_a(x)))
         y: Tensor = self.base(x) + self.scaling * update
         return y
+
+    def merged(self) -> nn.Linear:
+        """Return the linear layer of weight W + (alpha / rank) B A."""
+        if type(self).bottleneck is not LoRALinear.bottleneck:
+            return super().merged()  # type: ignore[return-value]
+        layer = copy.deepcopy(self.base)
+        with torch.no_grad():
+            layer.weight += self.scaling * self.lora_b.weight @ self.lora_a.weight
+        return layer
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,105 @@
-"""What every fine-tuning method shares: the protocol, the replacement of linear layers, auxiliary losses."""
+"""What fine-tuning methods share: the recipe, adapted layers, the replacement of linear layers and blocks."""
 
-import re
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+# Linear layers of a transformer block by what they do, for encoders whose authors named them otherwise
+ROLES = {"mlp_in": ("mlp.lin1", "mlp.fc1"), "mlp_out": ("mlp.lin2", "mlp.fc2")}
 
-class Method(Protocol):
+
+class Method(ABC):
     """A recipe that adapts an image encoder."""
 
+    width: ClassVar[str | None] = None
+    """The setting by which the number of trained parameters grows; None where there is none."""
+
+    @abstractmethod
     def inject(self, encoder: nn.Module) -> nn.Module:
         """Adapt a frozen encoder in place and return it.
 
         What the method creates is trainable by construction; nothing is chosen by a parameter's name.
+
+        Raises:
+            ValueError: this encoder has no place for it.
         """
 
 
+class Adapted(nn.Module):
+    """What stands in the place of a frozen part of the encoder.
+
+    Attributes:
+        base: the frozen part.
+    """
+
+    base: nn.Module
+
+    def merged(self) -> nn.Module:
+        """Return a part of the frozen one's own kind that computes the same.
+
+        Raises:
+            ValueError: no such part can.
+        """
+        raise ValueError(
+            f"what {type(self).__name__} computes does not fit into the weights of the layer that it adapts; "
+            "use the adapter beside the base weights"
+        )
+
+
+def merge(encoder: nn.Module) -> nn.Module:
+    """Return a copy of an adapted encoder as a plain one whose weights hold what was learnt.
+
+    Raises:
+        ValueError: a part of it cannot be merged.
+    """
+    encoder = copy.deepcopy(encoder)
+    for name, module in list(encoder.named_modules()):
+        if isinstance(module, Adapted):
+            encoder.set_submodule(name, module.merged(), strict=True)
+    return encoder
+
+
+def transformer_blocks(encoder: nn.Module, indices: Sequence[int] | None = None) -> dict[str, nn.Module]:
+    """Return transformer blocks, which have an `attn` and an `mlp`, by name.
+
+    Args:
+        encoder: frozen or adapted.
+        indices: of those that are wanted, negative from the end; None for all.
+
+    Raises:
+        ValueError: `indices` is empty, or there is no such block.
+    """
+    names = {id(module): name for name, module in encoder.named_modules()}
+    blocks: Any = encoder.blocks
+    found = {names[id(block)]: block for block in blocks if hasattr(block, "attn") and hasattr(block, "mlp")}
+    if indices is None:
+        return found
+    if not indices:
+        raise ValueError("peft.blocks is empty, so nothing would be adapted; null adapts all blocks")
+    for index in indices:
+        if not -len(found) <= index < len(found):
+            raise ValueError(
+                f"peft.blocks: there is no block {index}; the image encoder has {len(found)}, "
+                f"0 to {len(found) - 1}, or -1 for the last"
+            )
+    return {name: found[name] for name in (list(found)[index] for index in indices)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class LinearMethod(ABC):
+class LinearMethod(Method):
     """A method that replaces linear layers; a subclass says by what.
 
     What lies before the first adapted block has nothing to learn, so autograd keeps nothing of it.
 
     Args:
-        targets: the last parts of the names of the adapted layers: `qkv` is the fused projection of every
-            block, `blocks.0.attn.qkv` that of the first.
+        targets: which layers are adapted: `qkv`, the fused projection of the attention, `proj`, that of its
+            output, `mlp_in` and `mlp_out` of every block of any encoder; or the last parts of names of the
+            encoder at hand, as `blocks.0.attn.qkv`.
         blocks: where to look, as indices among the encoder's transformer blocks, negative from the end; None
             looks everywhere.
     """
@@ -52,11 +123,11 @@ class LinearMethod(ABC):
                 "peft.targets is empty, so nothing would be adapted; peft=decoder_only says that outright"
             )
         if self.blocks is not None:
-            prefixes = _chosen_blocks(list(linears), self.blocks)
-            linears = {name: module for name, module in linears.items() if _block(name) in prefixes}
+            prefixes = tuple(f"{name}." for name in transformer_blocks(encoder, self.blocks))
+            linears = {name: module for name, module in linears.items() if name.startswith(prefixes)}
         for target in self.targets:
             if not any(_is_named(name, target) for name in linears):
-                kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+                kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears} | ROLES.keys()))
                 raise ValueError(
                     f"peft.targets: '{target}' names no linear layer of the image encoder; it has {kinds}"
                 )
@@ -67,27 +138,7 @@ class LinearMethod(ABC):
 
 
 def _is_named(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
-
-
-def _chosen_blocks(names: Sequence[str], indices: Sequence[int]) -> list[str]:
-    """Return the prefixes, such as `blocks.3.`, of the blocks at `indices`."""
-    blocks = list(dict.fromkeys(block for name in names if (block := _block(name))))
-    if not indices:
-        raise ValueError("peft.blocks is empty, so nothing would be adapted; null adapts all blocks")
-    for index in indices:
-        if not -len(blocks) <= index < len(blocks):
-            raise ValueError(
-                f"peft.blocks: there is no block {index}; the image encoder has {len(blocks)}, "
-                f"0 to {len(blocks) - 1}, or -1 for the last"
-            )
-    return [blocks[index] for index in indices]
-
-
-def _block(name: str) -> str:
-    """Return the part of a layer's name that names its transformer block; empty outside of blocks."""
-    match = re.match(r"(.*\.)?blocks\.\d+\.", name)
-    return match[0] if match else ""
+    return f".{name}".endswith(tuple(f".{end}" for end in ROLES.get(target, (target,))))
 
 
 def aux_loss(module: nn.Module) -> Tensor | None:

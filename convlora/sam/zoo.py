@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,24 @@ FROZEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Sam(nn.Module):
-    """The three parts of a Segment Anything Model under the names that public checkpoints use."""
+    """The three parts of a Segment Anything Model under the names that public checkpoints use.
 
-    def __init__(self, image_encoder: nn.Module, prompt_encoder: PromptEncoder, mask_decoder: MaskDecoder):
+    Args:
+        image_encoder: its transformer blocks are `.blocks`.
+        prompt_encoder: of segment-anything.
+        mask_decoder: of segment-anything.
+        activation_checkpointing: whether the blocks are to be checkpointed once they are adapted.
+    """
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
+        activation_checkpointing: bool,
+    ):
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
@@ -86,9 +100,7 @@ class Backbone(ABC):
 
     def build(self) -> Sam:
         """Return the architecture with random weights; also works under `torch.device("meta")`."""
-        encoder: Any = self.build_encoder()
-        if self.activation_checkpointing:
-            checkpoint_blocks(encoder.blocks)
+        encoder = self.build_encoder()
         grid = self.image_size // self.patch_size
         prompt_encoder = PromptEncoder(
             embed_dim=self.decoder_dim,
@@ -100,7 +112,7 @@ class Backbone(ABC):
             depth=2, embedding_dim=self.decoder_dim, mlp_dim=self.decoder_mlp_dim, num_heads=8
         )
         mask_decoder = MaskDecoder(transformer_dim=self.decoder_dim, transformer=transformer)
-        return Sam(encoder, prompt_encoder, mask_decoder).eval()
+        return Sam(encoder, prompt_encoder, mask_decoder, self.activation_checkpointing).eval()
 
     @property
     def weights_path(self) -> Path | None:

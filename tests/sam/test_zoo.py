@@ -14,6 +14,7 @@ from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.method import aux_loss
 from convlora.sam.attention import offset_table, resample_offsets
 from convlora.sam.zoo import Backbone, MobileSam, SamViT, load_backbone, resample_grid
+from convlora.segmenter import Segmenter
 
 SMALL_VIT = SamViT(
     name="small", embed_dim=16, depth=2, num_heads=2, global_attn_indexes=(1,), image_size=32, patch_size=4,
@@ -109,7 +110,7 @@ def test_activation_checkpointing_changes_memory_only(backbone: Backbone) -> Non
     for checkpointing in (False, True):
         torch.manual_seed(0)
         sam = replace(backbone, activation_checkpointing=checkpointing).build()
-        encoder = ConvLoRA(num_experts=4).inject(sam.image_encoder.requires_grad_(False)).train()
+        encoder = Segmenter(sam, ConvLoRA(num_experts=4)).image_encoder.train()
         for name, parameter in encoder.named_parameters():
             if "lora_b" in name:
                 torch.nn.init.normal_(parameter)
