@@ -22,7 +22,7 @@ class LoRALinear(Adapted):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.base = base
+        self.base: nn.Linear = base
         self.lora_a = nn.Linear(base.in_features, rank, bias=False)
         self.lora_b = nn.Linear(rank, base.out_features, bias=False)
         nn.init.zeros_(self.lora_b.weight)
@@ -38,10 +38,10 @@ class LoRALinear(Adapted):
         y: Tensor = self.base(x) + self.scaling * update
         return y
 
-    def merged(self) -> nn.Linear:
+    def merged(self) -> nn.Module:
         """Return the linear layer of weight W + (alpha / rank) B A."""
-        if type(self).bottleneck is not LoRALinear.bottleneck:
-            return super().merged()  # type: ignore[return-value]
+        if type(self).bottleneck is not LoRALinear.bottleneck:  # a subclass does more between A and B
+            return super().merged()
         layer = copy.deepcopy(self.base)
         with torch.no_grad():
             layer.weight += self.scaling * self.lora_b.weight @ self.lora_a.weight
