@@ -25,7 +25,7 @@ from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import Resize
 from convlora.draw import colors_of
 from convlora.inference import Predictor
-from convlora.run import BEST
+from convlora.run import BEST, in_shell
 from convlora.segmenter import Segmenter
 from convlora.task import check_agreement
 
@@ -141,8 +141,8 @@ def find(checkpoint: str | Path) -> Path:
         return path / NAME
     if (path / BEST).is_file():
         raise FileNotFoundError(
-            f"{path} has not ended and has no adapter yet; `python -m convlora.export checkpoint={path}` "
-            "makes one of its best epoch so far"
+            f"{path} has not ended and has no adapter yet; "
+            f"`python -m convlora.export {in_shell('checkpoint', path)}` makes one of its best epoch so far"
         )
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")
@@ -163,7 +163,10 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is no adapter file or is damaged ({error}); use RUN/{NAME}") from error
+        raise ValueError(
+            f"{path} is no adapter file or is damaged ({error}); use RUN/{NAME}, which a training leaves "
+            "in its folder"
+        ) from error
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "unmarked")
         raise ValueError(f"{path} is no {FORMAT} file but {found}; use an adapter that this version trained")

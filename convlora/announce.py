@@ -75,13 +75,14 @@ def describe_images(data: SegmentationDataModule, *splits: Split) -> str:
 
 def describe_schedule(data: SegmentationDataModule, trainer: Config, devices: int, batch_size: int) -> str:
     """Return epochs and optimiser steps, the latter if the number of images is known."""
-    epochs, limit = trainer["max_epochs"], trainer.get("limit_train_batches", 1.0)
+    epochs, limit = trainer["max_epochs"], trainer.get("limit_train_batches")
     try:
         images = len(data.listed("train"))
     except (OSError, ValueError):
         return f"{epochs} epochs"
     batches = math.ceil(math.ceil(images / devices) / batch_size)
-    batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    if limit is not None:
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
     steps = math.ceil(batches / trainer["accumulate_grad_batches"])
     return f"{epochs * steps:,} steps in {epochs} epochs of {steps:,}"
 

@@ -34,6 +34,7 @@ from convlora.metrics.scores import Scores
 from convlora.peft.method import Method
 from convlora.sam.zoo import Backbone, load_backbone
 from convlora.segmenter import Segmenter
+from convlora.task import parameter_groups
 
 Config = dict[str, Any]
 Optimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -105,6 +106,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     backbone: Backbone = make("model", config.model)
     method: Method = make("peft", config.peft)
     head: Head = make("head", config.head)
+    check_trainer(config.trainer)
     check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     with torch.device("meta"):
@@ -112,6 +114,10 @@ def make_parts(config_name: str, config: Any) -> Parts:
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
     loss = make_loss(config.loss, outline)
     optimizer: Optimizer = make("optimizer", config.optimizer)
+    try:
+        optimizer(parameter_groups(outline))
+    except ValueError as error:  # torch's words: Invalid learning rate: -1
+        raise ValueError(f"optimizer: {error}; choose another value") from error
     callbacks = {
         name: make(f"callbacks.{name}", part) for name, part in config.callbacks.items() if part is not None
     }
@@ -207,6 +213,21 @@ def make_trainer(config: Config, callbacks: Sequence[Callback], **given: Any) ->
     if trainer.is_global_zero:
         say_precision(str(given.get("precision", config["precision"])), str(trainer.precision))
     return trainer
+
+
+def check_trainer(config: Config) -> None:
+    """Refuse a `trainer` section that lacks what a run follows from, or trains nothing; raises ValueError."""
+    for key in ("accelerator", "devices", "precision", "max_epochs", "accumulate_grad_batches"):
+        if config.get(key) is None:
+            raise ValueError(f"trainer.{key} must be given; leave it as it is in conf/trainer/default.yaml")
+    _check_section("trainer", config)
+    if config["devices"] in (0, "0", []):
+        raise ValueError(f"trainer.devices={config['devices']} trains on nothing; set trainer.devices=1")
+    if config["max_epochs"] < 1:
+        raise ValueError(
+            f"trainer.max_epochs={config['max_epochs']} must be at least 1, the number of epochs over which "
+            "the learning rate falls to 0"
+        )
 
 
 def missing_devices(config: Config) -> str | None:
@@ -331,15 +352,21 @@ def check_keys(section: str, target: Callable[..., Any], config: Mapping[str, An
     for key, value in config.items():
         path = f"{section}.{key}" if section else key
         if path in MOVED and key not in known:
-            raise ValueError(f"{path} has another name by now: write {MOVED[path]}")
+            raise ValueError(
+                f"{path} has another name by now: write {MOVED[path]} in the commands that take it"
+            )
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{close[0]}'? " if close else ""
             where = f"{section}: " if section else ""
-            raise ValueError(f"{where}unknown key '{key}'; {hint}it takes {', '.join(known)}")
+            raise ValueError(f"{where}unknown key '{key}'; {suggest(key, known, 'it takes')}")
         if key in hints and "_target_" not in repr(value):  # what is still to be built has no type yet
             _check_type(path, value, hints[key])
     return dict(config)
+
+
+def suggest(name: str, names: Sequence[str], there: str = "there are") -> str:
+    """Say which of the names may have been meant by another one, and what names there are."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return (f"did you mean '{close[0]}'? " if close else "") + f"{there} {', '.join(names)}"
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:

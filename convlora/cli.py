@@ -1,6 +1,5 @@
 """The command line: compose conf/, call the job, tell mistakes in one line."""
 
-import difflib
 import hashlib
 import logging
 import os
@@ -23,7 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from convlora.build import CONF, check_keys, resolve
+from convlora.build import CONF, check_keys, resolve, suggest
 from convlora.run import assign
 
 T = TypeVar("T")
@@ -194,7 +193,7 @@ def _name_choice(config_name: str, error: HydraException) -> Exception:
     if missing:
         group, _, name = str(missing).rpartition("/")
         names = sorted(getattr(error, "options", None) or ())
-        return ValueError(f"{group}={name}: there is none of that name; {_suggest(name, names)}")
+        return ValueError(f"{group}={name}: there is none of that name; {suggest(name, names)}")
     if found := re.match(r"You must specify '(\w+)'", str(error)):
         names = sorted(path.stem for path in (CONF / found[1]).glob("*.yaml"))
         return ValueError(f"{found[1]}=NAME must be given; there are {', '.join(names)}")
@@ -205,14 +204,9 @@ def _name_choice(config_name: str, error: HydraException) -> Exception:
             )
         defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
         groups = [key for entry in defaults if entry != "_self_" for key in entry if " " not in key]
-        hint = _suggest(found[1], groups) if groups else "leave it out"
+        hint = suggest(found[1], groups) if groups else "leave it out"
         return ValueError(f"{config_name} takes no {found[1]}=...; {hint}")
     return error
-
-
-def _suggest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return (f"did you mean '{close[0]}'? " if close else "") + f"there are {', '.join(names)}"
 
 
 def _explain(error: Exception, full: bool) -> str:

@@ -29,6 +29,8 @@ def export(config: ExportConfig) -> None:
     if config.format != "adapter":
         raise ValueError(f"format={config.format} must be adapter")
     folder = Path(config.checkpoint)
+    if folder.is_file():
+        raise ValueError(f"checkpoint={folder} is a file; name the folder of a run, which has a {run.BEST}")
     best = folder / run.BEST
     if not best.is_file():
         raise FileNotFoundError(

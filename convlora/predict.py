@@ -154,6 +154,8 @@ def find_images(source: Path, output: Path) -> list[Path]:
         paths = [path for path in found if output.resolve() not in path.resolve().parents]
     else:
         raise FileNotFoundError(f"input={source}: no such file or folder")
+    if {"images", "masks"} <= {path.relative_to(folder).parts[0] for path in paths}:
+        raise ValueError(f"input={source} holds masks beside images; set input={source / 'images'}")
     if output.resolve() == folder.resolve():
         raise ValueError(f"output={output} is the input's folder, masks would replace images; choose another")
     if not paths:

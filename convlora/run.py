@@ -163,7 +163,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
         runs = sorted(folder.parent.glob(f"*/{RECORD}"), key=lambda file: file.stat().st_mtime)
-        hint = f"; the newest run beside it is resume={runs[-1].parent}" if runs else ""
+        hint = f"; the newest run beside it is {in_shell('resume', runs[-1].parent)}" if runs else ""
         raise FileNotFoundError(f"resume={folder}: no run there (no {RECORD}){hint}")
     record = yaml.safe_load(path.read_text())
     if not isinstance(record, dict) or "command" not in record:
@@ -176,7 +176,8 @@ def check_unused(folder: Path) -> None:
     """Refuse to begin a run where another has been; raises FileExistsError."""
     if (folder / LAST).is_file() or (folder / RECORD).is_file():
         raise FileExistsError(
-            f"{folder} already holds a run; go on with it by resume={folder} or choose another run_dir"
+            f"{folder} already holds a run; go on with it by {in_shell('resume', folder)} or choose another "
+            "run_dir"
         )
 
 

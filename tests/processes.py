@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ CONTEXT.set_forkserver_preload(["convlora.train"])  # seconds of imports, once f
 
 def _train(folder: Path, arguments: tuple[str, ...], out: Path, err: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as a command has it on Linux
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background would ignore
     os.setsid()
     os.chdir(folder)
     for path, stream in ((out, 1), (err, 2)):

@@ -89,6 +89,12 @@ def test_adapter_cannot_ask_for_other_code(path: Path, section: str, target: str
         adapter.read(path)
 
 
+def test_adapter_of_a_newer_version_says_so(path: Path) -> None:
+    rewrite(path, config=json.dumps(CONFIG | {"peft": {"_target_": "convlora.peft.later.Method"}}))
+    with pytest.raises(ValueError, match=r"needs convlora.peft.later.Method, which this version lacks"):
+        adapter.read(path)
+
+
 def test_adapter_cannot_ask_for_other_code_as_a_part(path: Path) -> None:
     gate = GATE | {"top_k": {"_target_": "os.system"}}
     rewrite(path, config=json.dumps(CONFIG | {"peft": {**PEFT, "gate": gate}}))

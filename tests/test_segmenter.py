@@ -132,8 +132,7 @@ def test_of_several_classes_the_likeliest_is_found_with_its_probability() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["vit", "tiny_vit"])
+@pytest.mark.parametrize(("kind", "checkpointing"), [("vit", False), ("vit", True), ("tiny_vit", True)])
 def test_encoder_compiles_as_one_graph(kind: str, checkpointing: bool, tiny: SamViT) -> None:
     torch.manual_seed(0)
     backbone = tiny if kind == "vit" else MobileSam(name="mobile_sam", image_size=64)

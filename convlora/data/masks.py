@@ -13,6 +13,7 @@ from convlora import IGNORED
 from convlora.data.images import open_image
 
 MAX_CLASSES = 255  # ids are 8-bit, and the last one marks ignored pixels
+FEW_VALUES = 32  # of a mask; one with more is a picture in grey
 _BINARY_VALUES = ({0, 1}, {0, 255}, {0, 65535})
 
 
@@ -161,17 +162,25 @@ def read_binary(path: Path, threshold: int | None = None) -> NDArray[np.uint8]:
     if not any(binary.issuperset(found.tolist()) for binary in _BINARY_VALUES):
         raise ValueError(
             f"{path}: the mask has the values {_several([f'{value:g}' for value in found])}, but a binary "
-            f"mask has 0 and 1, or 0 and 255; {_way_out(float(found[0]), float(found[-1]))}"
+            f"mask has 0 and 1, or 0 and 255; {_way_out(found)}"
         )
     return np.asarray(values > 0, dtype=np.uint8)
 
 
-def _way_out(least: float, greatest: float) -> str:
+def _way_out(found: NDArray[Any]) -> str:
     """Advise on a mask of other values: a threshold halfway if one is allowed there and splits the mask."""
+    least, greatest = float(found[0]), float(found[-1])
     threshold = int(min(254.0, max(0.0, (least + greatest) / 2)))
     if least <= threshold < greatest:
-        return f"set dataset.threshold={threshold} to take what is brighter as foreground"
-    return "save it with 0 for background and 255 for foreground"
+        advice = f"set dataset.threshold={threshold} to take what is brighter as foreground"
+    else:
+        advice = "save it with 0 for background and 255 for foreground"
+    if 2 < len(found) <= FEW_VALUES:
+        advice += (
+            f", or, if these are {len(found)} classes, name them in dataset.class_names and their values in "
+            "dataset.class_ids"
+        )
+    return advice
 
 
 def _pixels(path: Path, colors: Collection[int] = ()) -> NDArray[Any]:

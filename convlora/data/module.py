@@ -269,7 +269,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
 
 def _fingerprint(file: Path) -> tuple[int, int]:
-    """Return a file's size and a checksum of its end, which in a compressed image depends on all of it."""
+    """Return a file's size and a checksum of its end, where different compressed images differ."""
     size = file.stat().st_size
     with file.open("rb") as content:
         content.seek(max(0, size - 4096))

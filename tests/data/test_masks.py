@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convlora import IGNORED
-from convlora.data.masks import Masks, read_binary
+from convlora.data.masks import FEW_VALUES, Masks, read_binary
 
 IDS = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
 NAMES = ["land", "water", "road"]
@@ -80,6 +80,16 @@ def test_the_threshold_that_is_advised_splits_the_mask(tmp_path: Path, values: N
     mask = Masks(["object"], threshold=int(threshold)).read(path)
     assert mask[0, 0] == 0
     assert mask[0, -1] == 1
+    several = 2 < len(values) <= FEW_VALUES
+    assert (
+        f"if these are {len(values)} classes, name them in dataset.class_names" in str(caught.value)
+    ) == several
+
+
+def test_a_picture_in_grey_is_not_taken_for_classes(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", np.arange(FEW_VALUES + 1, dtype=np.uint8)[None])
+    with pytest.raises(ValueError, match=r"dataset\.threshold=16 to take what is brighter as foreground$"):
+        read_binary(path)
 
 
 @pytest.mark.parametrize(
