@@ -22,6 +22,8 @@ def test_unknown_key_names_its_section_and_the_nearest_key() -> None:
     [
         ({"rank": "abc"}, r"^peft.rank=abc is not possible: input should be a valid integer"),
         ({"interpolation": "nearest"}, r"^peft.interpolation=nearest is not possible: .*'bicubic' or 'bili"),
+        ({"rank": "3"}, r"^peft.rank='3' is not possible: it is read as 3; write peft.rank=3$"),
+        ({"rank": 3.0}, r"^peft.rank=3.0 is not possible: it is read as 3; write peft.rank=3$"),
         ({"targets": 5}, r"^peft.targets=5 is not possible: "),
         ({"targets": "qkv"}, r"^peft.targets=qkv is not possible: .*; write peft.targets=\[qkv\]"),
         ({"blocks": "all"}, r"^peft.blocks=all is not possible: .*; write peft.blocks=\[all\]"),

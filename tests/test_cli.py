@@ -41,6 +41,7 @@ def one_line(err: str) -> str:
         (train, "dry_run=true trainer.devices=0", "trainer.devices=0 trains on nothing; set trainer.devi"),
         (train, "dry_run=true trainer.max_epochs=-1", "trainer.max_epochs=-1 must be at least 1, the num"),
         (train, "dry_run=true optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
+        (train, "trainer.logger=true", "trainer.logger is set by the command itself; leave it out"),
         (train, "loading.batch_size=0", "loading.batch_size=0 must be at least 1"),
         (train, "test_sets=nc4k", "test_sets=nc4k is not possible: input should be a valid list; "),
         (train, "dataset=folder", "folder: neither images nor splits in data; set data_root=YOUR_FOLDER"),

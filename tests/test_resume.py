@@ -430,9 +430,12 @@ def test_a_stopped_run_becomes_an_adapter(cli: Commands, done: Path) -> None:
         assert refused.err.strip() == f"error: checkpoint={folder}: no {folder}/best.ckpt; {way_out}"
 
 
-def test_a_run_that_stopped_early_trains_no_further(cli: Commands) -> None:
-    early = ("trainer.max_epochs=9", "callbacks.early_stopping.patience=1",
-             "+callbacks.early_stopping.min_delta=1")  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "epochs"),
+    [("patience=1 callbacks.early_stopping.min_delta=1", 2), ("stopping_threshold=-1", 1)],
+)
+def test_a_run_that_stopped_early_trains_no_further(cli: Commands, setting: str, epochs: int) -> None:
+    early = f"trainer.max_epochs=9 callbacks.early_stopping.{setting}".split()
     assert cli(train, *JOB, *early, "run_dir=run").code == 0
     before = files(Path("run"))
     Path("run/summary.json").unlink()
@@ -440,8 +443,27 @@ def test_a_run_that_stopped_early_trains_no_further(cli: Commands) -> None:
     after = files(Path("run"))
     assert all(after[name] == before[name] for name in ("last.ckpt", "best.ckpt"))
     one, other = (json.loads(each["summary.json"]) for each in (before, after))
-    assert one["epochs"] == 2
+    assert one["epochs"] == epochs
     assert {**one, "fit_seconds": 0} == {**other, "fit_seconds": 0}
+
+
+def test_a_run_of_files_of_ones_own_goes_on_with_them(cli: Commands) -> None:
+    for file, content in {
+        "own/mine.yaml": {"defaults": ["train", "_self_"], "seed": 5},
+        "own/peft/small.yaml": {"_target_": "convlora.peft.lora.LoRA", "rank": 1},
+        "more/loss/plain.yaml": {"_target_": "convlora.losses.StructureLoss", "boundary_weighted": False},
+    }.items():
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(yaml.safe_dump(content))
+    files_of = ("--config-dir=own", "--config-name=mine", "hydra.searchpath=[file://more]")
+    done = cli(train, *files_of, *JOB, "peft=small", "loss=plain", "trainer.max_epochs=1", "run_dir=run")
+    assert done.code == 0, done.err
+    record = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (record["seed"], record["peft"]["rank"], record["loss"]["boundary_weighted"]) == (5, 1, False)
+    Path("run/summary.json").unlink()
+    resumed = cli(train, "resume=run")
+    assert resumed.code == 0, resumed.err
+    assert yaml.safe_load(Path("run/config.yaml").read_text()) == record
 
 
 def test_a_job_of_a_sweep_is_resumed_by_its_folder(cli: Commands) -> None:
