@@ -32,6 +32,7 @@ from convlora.data.module import SegmentationDataModule
 from convlora.heads import Head
 from convlora.metrics.scores import Scores
 from convlora.peft.method import Method
+from convlora.run import count
 from convlora.sam.zoo import Backbone, load_backbone
 from convlora.segmenter import Segmenter
 from convlora.task import parameter_groups
@@ -109,8 +110,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     check_trainer(config.trainer)
     check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
-    with torch.device("meta"):
-        outline = Segmenter(backbone.build(), method, head, data.num_classes)
+    outline = make_outline(backbone, method, head, data.num_classes)
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
     loss = make_loss(config.loss, outline)
     optimizer: Optimizer = make("optimizer", config.optimizer)
@@ -123,6 +123,51 @@ def make_parts(config_name: str, config: Any) -> Parts:
     }
     check_monitors(callbacks, scores)
     return Parts(data, tests, backbone, method, head, outline, loss, scores, optimizer, callbacks)
+
+
+def make_outline(backbone: Backbone, method: Method, head: Head, num_classes: int) -> Segmenter:
+    """Build a segmenter without storage."""
+    with torch.device("meta"):
+        return Segmenter(backbone.build(), method, head, num_classes)
+
+
+def match_width(config: Any) -> Config:
+    """Return the `peft` section with the greatest width at which no more than `match` parameters are trained.
+
+    Args:
+        config: attributes by the names of the groups in conf/.
+
+    Raises:
+        ValueError: the method has no width, one was given, or the least one trains more.
+    """
+    width = make("peft", config.peft).width
+    wanted = f"match={config.match}"
+    if width is None:
+        raise ValueError(
+            f"{wanted} is for methods of several sizes, this one has a single size; leave it out"
+        )
+    for override in HydraConfig.get().overrides.task:
+        if override.lstrip("+").startswith(f"peft.{width}="):
+            raise ValueError(f"{wanted} chooses peft.{width} itself; leave one of them out")
+    data: SegmentationDataModule = make("dataset", config.dataset)
+    backbone, head = make("model", config.model), make("head", config.head)
+
+    def trained(size: int) -> int:
+        method = make("peft", {**config.peft, width: size})
+        return count(make_outline(backbone, method, head, data.num_classes), trainable=True)
+
+    if trained(1) > config.match:
+        raise ValueError(
+            f"{wanted} is less than the {trained(1):,} parameters that are trained at peft.{width}=1; "
+            "match more"
+        )
+    low, high = 1, 2
+    while trained(high) <= config.match:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if trained(middle) <= config.match else (low, middle)
+    return {**config.peft, width: low}
 
 
 def make_segmenter(

@@ -23,6 +23,7 @@ from convlora import draw
 from convlora.checkpoint import RunCheckpoint
 from convlora.data.module import SegmentationDataModule, Split
 from convlora.inference import Predictor
+from convlora.routing import Routing
 from convlora.run import ScoreTable, write_rows
 from convlora.task import SegmentationTask
 
@@ -201,11 +202,14 @@ def test_each(
     """
     [table] = [callback for callback in trainer.callbacks if isinstance(callback, ScoreTable)]  # type: ignore[attr-defined]
     [overlays] = [callback for callback in trainer.callbacks if isinstance(callback, Overlays)]  # type: ignore[attr-defined]
+    routings = [callback for callback in trainer.callbacks if isinstance(callback, Routing)]  # type: ignore[attr-defined]
     results = {}
     for number, data in enumerate(sets):
         place = folder if number == 0 else folder / data.name
         place.mkdir(parents=True, exist_ok=True)
         overlays.path = place / "overlays.png"
+        for routing in routings:
+            routing.folder = place
         [scores] = trainer.test(task, data, verbose=False)
         results[data.name] = {name.removeprefix("test/"): value for name, value in scores.items()}
         if trainer.is_global_zero:

@@ -8,6 +8,7 @@ import cv2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
@@ -209,6 +210,85 @@ def draw_confusion(counts: NDArray[np.int64], names: Sequence[str], path: Path) 
                   color="white" if value > 0.5 else "black")  # fmt: skip
     figure.colorbar(picture, label="share of the true class")
     figure.savefig(path, dpi=100)
+
+
+def draw_routing(
+    split: Mapping[str, NDArray[np.float64]],
+    entropies: Sequence[float],
+    scales: Sequence[float],
+    points: NDArray[np.float64],
+    path: Path,
+) -> None:
+    """Draw the experts' shares and their entropy by layer, and the scale against the size of the object.
+
+    Args:
+        split: layer -> share of its maps by expert.
+        entropies: of these, bits.
+        scales: of the experts.
+        points: share of the image that is object, and mean scale, of each image [images, 2].
+        path: PNG.
+    """
+    figure = Figure(figsize=(12, 2.2 + 0.23 * len(split)), layout="constrained")
+    heat, bits, size = figure.subplots(1, 3, width_ratios=[5, 2, 4])
+    _heatmap(figure, heat, split, scales)
+    bits.barh(range(len(split)), entropies)
+    bits.axvline(np.log2(len(scales)), color="grey", linewidth=1)
+    bits.set(xlabel="entropy, bits\n(line: all experts alike)", ylim=(len(split) - 0.5, -0.5), yticks=[])
+    size.scatter(100 * points[:, 0], points[:, 1], s=12)
+    size.set(xlabel="object, % of the image", ylabel="mean scale of an image's maps (geometric)")
+    figure.savefig(path, dpi=100)
+
+
+def routing_heatmap(split: Mapping[str, NDArray[np.float64]], scales: Sequence[float]) -> Picture:
+    """Return the experts' shares by layer as a picture [h, w, 3]; arguments as of `draw_routing`."""
+    figure = Figure(figsize=(7, 1.6 + 0.23 * len(split)), dpi=80, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    _heatmap(figure, figure.subplots(), split, scales)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw_choices(
+    image: Picture, choices: Mapping[str, NDArray[np.int64]], scales: Sequence[float], path: Path
+) -> None:
+    """Draw for each layer which expert has the say where, on the image, to a PNG.
+
+    Args:
+        image: [h, w, 3].
+        choices: layer -> index of the expert at each pixel [h, w].
+        scales: of the experts.
+        path: PNG.
+    """
+    colors = np.array(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(scales))))[:, :3] * 255
+    columns = min(8, len(choices))
+    lines = -(-len(choices) // columns)
+    height = 1.9 * image.shape[0] / image.shape[1] + 0.25
+    figure = Figure(figsize=(1.9 * columns, lines * height + 0.4), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (name, choice) in zip(axes, choices.items(), strict=False):
+        _show(axis, (0.5 * image + 0.5 * colors[choice]).astype(np.uint8), name)
+        axis.title.set_fontsize(7)
+    _add_legend(
+        figure,
+        {f"scale {scale:g}": color.tolist() for scale, color in zip(scales, colors, strict=True)},
+    )
+    figure.savefig(path, dpi=100)
+
+
+def _heatmap(
+    figure: Figure, axis: Axes, split: Mapping[str, NDArray[np.float64]], scales: Sequence[float]
+) -> None:
+    shares = np.array(list(split.values()))
+    picture = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axis.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
+    axis.set_yticks(range(len(split)), list(split), fontsize=7)
+    axis.set(xlabel="scale of the expert")
+    for (row, column), value in np.ndenumerate(shares):
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6,
+                  color="white" if value > 0.5 else "black")  # fmt: skip
+    figure.colorbar(picture, ax=axis, label="share of the layer's maps", location="top", aspect=40)
 
 
 def _show(axis: Axes, picture: Picture, label: str) -> None:

@@ -11,6 +11,7 @@ from convlora.build import Config, check_classes, make, make_loss, make_test_set
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
 from convlora.cli import command, refuse_idle
 from convlora.data.module import SegmentationDataModule
+from convlora.routing import Routing
 from convlora.task import SegmentationTask
 
 
@@ -56,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> None:
         test.setup("test")
     check_classes(config.checkpoint, list(trained.class_colors), data)
     table, output = run.ScoreTable(), Path(config.output)
-    callbacks = [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
+    callbacks = [table, Overlays(table), Routing(), make_progress(config.trainer["enable_progress_bar"])]
     trainer = make_trainer(config.trainer, callbacks, precision=trained.precision, enable_checkpointing=False)
     task = SegmentationTask(
         trained.segmenter,

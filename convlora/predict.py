@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,7 +20,8 @@ from convlora.adapter import load
 from convlora.build import Config
 from convlora.cli import command, refuse_idle
 from convlora.data.images import list_images, read_image
-from convlora.inference import Found
+from convlora.inference import Found, Predictor
+from convlora.routing import Layers, locate, routed_layers
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class PredictConfig:
     output: str
     probabilities: bool
     overlays: bool
+    routing: bool
     batch_size: int
     num_workers: int
     device: str
@@ -77,6 +80,11 @@ def predict(config: PredictConfig) -> None:
     source, output = Path(config.input), Path(config.output)
     paths = find_images(source, output)
     predictor = load(config.checkpoint, config.model["weights"], config.precision, config.device)
+    layers = routed_layers(predictor.segmenter.image_encoder)
+    if config.routing and not layers:
+        raise ValueError(
+            "routing=true is for adapters of methods with experts, as peft=conv_lora; leave it out"
+        )
     run.make_folder("output", output)
     names = name_outputs(paths, source)
     loader = DataLoader(
@@ -93,6 +101,8 @@ def predict(config: PredictConfig) -> None:
         found = predictor.segment([item.pixels for item in good], [item.size for item in good])
         for item, each in zip(good, found, strict=True):
             write(output, names[item.path], item.path, each, predictor.class_colors, config)
+        if config.routing and good:
+            write_routing(output / "routing", good, names, predictor, layers)
     console.print(f"{len(paths) - len(failures)} of {len(paths)} masks written to {output}")
     if failures:
         for item in failures:
@@ -121,6 +131,22 @@ def write(
             picture().save(path)
         except OSError as error:
             raise OSError(f"could not write {path} ({error}); is there room on the disk?") from error
+
+
+def write_routing(
+    output: Path, items: Sequence[Loaded], names: Mapping[Path, str], predictor: Predictor, layers: Layers
+) -> None:
+    """Write for each image of the last batch which expert each window of each layer chose."""
+    side = predictor.resize.image_size
+    scales = next(iter(layers.values())).experts.scales
+    for index, item in enumerate(items):
+        height, width = predictor.resize.content(*item.size)
+        image = cv2.resize(read_image(item.path), (width, height), interpolation=cv2.INTER_AREA)
+        located = {name: locate(layer, index, len(items), side) for name, layer in layers.items()}
+        path = output / names[item.path]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        choices = {name: choice[:height, :width] for name, choice in located.items()}
+        draw.draw_choices(image, choices, scales, path)
 
 
 def as_mask(classes: NDArray[np.uint8], colors: Mapping[str, Sequence[int]]) -> Image.Image:

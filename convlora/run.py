@@ -43,6 +43,7 @@ FREE = (
     "model.url",
     "loading.num_workers",
     "logger",
+    "callbacks.routing",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )

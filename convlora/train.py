@@ -1,7 +1,7 @@
 """Train: `python -m convlora.train dataset=kvasir model=sam_vit_b peft=conv_lora`."""
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from convlora import adapter, run
 from convlora.announce import announce, devices_of
-from convlora.build import Config, Parts, make, make_parts, make_segmenter, make_trainer
+from convlora.build import Config, Parts, make, make_parts, make_segmenter, make_trainer, match_width
 from convlora.callbacks import Overlays, finish_wandb, make_progress, render_scores, test_each
 from convlora.checkpoint import (
     RunCheckpoint,
@@ -46,6 +46,7 @@ class TrainConfig:
     resize: Config
     test_sets: list[str]
     seed: int
+    match: int | None
     data_root: str
     run_dir: str
     resume: str | None
@@ -60,6 +61,8 @@ def train(config: TrainConfig) -> float | None:
         The best validation score, which a sweep can optimise; None for a dry run.
     """
     folder = Path(config.resume or config.run_dir)
+    if config.match is not None:
+        config = replace(config, peft=match_width(config))
     if config.resume is None:
         run.check_unused(folder)
     else:

@@ -310,3 +310,26 @@ def test_compiled_encoder_trains_by_the_same_losses(cli: Commands) -> None:
     assert len(losses[0]) == 5
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert weights("compiled").keys() == weights("eager").keys()
+
+
+def test_match_chooses_the_greatest_width_that_fits_and_records_it(cli: Commands) -> None:
+    def trained(*arguments: str) -> int:
+        out = cli(train, *QUIET, "dry_run=true", *arguments).out
+        return int(re.search(r"parameters +([\d,]+) trainable", out)[1].replace(",", ""))  # type: ignore[index]
+
+    most = trained("peft.rank=6") - 1
+    done = cli(train, *QUIET, "trainer.max_epochs=1", f"match={most}", "run_dir=run")
+    assert done.code == 0, done.err
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["peft"]["rank"] == 5
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["trainable_parameters"] == trained("peft.rank=5") <= most
+    assert trained(f"match={most + 1}") == most + 1
+    assert cli(train, "resume=run").code == 0
+    for arguments, message in (
+        (["match=10"], "match=10 is less than the "),
+        (["match=10", "peft=decoder_only"], "match=10 is for methods of several sizes"),
+        ([f"match={most}", "peft.rank=2"], f"match={most} chooses peft.rank itself; leave one of them out"),
+    ):
+        refused = cli(train, *QUIET, *arguments)
+        assert refused.code == 1
+        assert message in refused.err

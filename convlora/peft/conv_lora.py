@@ -7,6 +7,7 @@ is a class here.
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,6 +15,20 @@ from convlora.peft.conv_experts import Activation, ConvExperts, Interpolation
 from convlora.peft.gating import Gate, NoisyTopK
 from convlora.peft.lora import LoRALinear
 from convlora.peft.method import LinearMethod
+
+
+class Routed(NamedTuple):
+    """How the maps of a pass went through the experts.
+
+    Attributes:
+        choice: indices of the experts [n, k].
+        gates: their weights [n, k].
+        side: height of each map in tokens.
+    """
+
+    choice: Tensor
+    gates: Tensor
+    side: int
 
 
 class ConvLoRAEquationLinear(LoRALinear):
@@ -28,9 +43,13 @@ class ConvLoRAEquationLinear(LoRALinear):
         num_experts: experts at scales 1 to `num_experts`.
         gate: recipe of the layer's own gate.
         interpolation: between the tokens' grid and the experts'.
+
+    Attributes:
+        routes: of the last pass.
     """
 
     activation: Activation = "identity"
+    routes: Routed
 
     def __init__(
         self,
@@ -48,7 +67,9 @@ class ConvLoRAEquationLinear(LoRALinear):
     def bottleneck(self, z: Tensor) -> Tensor:
         """Return the chosen experts' output for tokens [n, h, w, rank] or [n, l, rank], l a square window."""
         grid = as_grid(z)
-        mixed: Tensor = self.experts(grid, *self.gate(grid))
+        choice, gates = self.gate(grid)
+        self.routes = Routed(choice, gates.detach(), grid.shape[1])
+        mixed: Tensor = self.experts(grid, choice, gates)
         return mixed.reshape(z.shape)
 
 
@@ -91,6 +112,8 @@ class ConvLoRAEquation(LinearMethod):
         blocks: indices of the adapted transformer blocks, negative from the end; None for all.
         interpolation: between the tokens' grid and the experts', bicubic or bilinear.
     """
+
+    width = "rank"
 
     rank: int = 3
     num_experts: int = 8

@@ -59,6 +59,8 @@ class LoRA(LinearMethod):
         blocks: indices of the adapted transformer blocks, negative from the end; None for all.
     """
 
+    width = "rank"
+
     rank: int = 3
     alpha: float = 32.0
 
