@@ -260,6 +260,7 @@ def draw_choices(
         path: PNG.
     """
     colors = np.array(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(scales))))[:, :3] * 255
+    grey = image.mean(axis=2, keepdims=True)  # whose own colours would be taken for the experts'
     columns = min(8, len(choices))
     lines = -(-len(choices) // columns)
     height = 1.9 * image.shape[0] / image.shape[1] + 0.25
@@ -268,7 +269,7 @@ def draw_choices(
     for axis in axes:
         axis.set_axis_off()
     for axis, (name, choice) in zip(axes, choices.items(), strict=False):
-        _show(axis, (0.5 * image + 0.5 * colors[choice]).astype(np.uint8), name)
+        _show(axis, (0.5 * grey + 0.5 * colors[choice]).astype(np.uint8), name)
         axis.title.set_fontsize(7)
     _add_legend(
         figure,

@@ -44,7 +44,7 @@ def shares(layer: ConvLoRAEquationLinear, images: int) -> Tensor:
 
 def entropy(split: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the entropy of rows of sum 1, bits: 0 where one expert does all, at most log2(experts)."""
-    return np.asarray(-(split * np.log2(np.maximum(split, 1e-12))).sum(axis=-1))
+    return np.asarray(np.abs((split * np.log2(np.maximum(split, 1e-12))).sum(axis=-1)))
 
 
 def locate(layer: ConvLoRAEquationLinear, image: int, images: int, side: int) -> NDArray[np.int64]:
