@@ -91,6 +91,28 @@ def transformer_blocks(encoder: nn.Module, indices: Sequence[int] | None = None)
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockMethod(Method):
+    """A method whose parts stand in or beside transformer blocks; each has a width.
+
+    Args:
+        blocks: indices of the adapted blocks, negative from the end; None for all.
+    """
+
+    blocks: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None and getattr(self, self.width) < 1:
+            raise ValueError(f"peft.{self.width}={getattr(self, self.width)} must be at least 1")
+
+
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    """Set a layer's weight and bias to zero, so that what it is added to starts as it was."""
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearMethod(Method):
     """A method that replaces linear layers; a subclass says by what.
 
