@@ -19,6 +19,9 @@ class Method(ABC):
     width: ClassVar[str | None] = None
     """The setting by which the number of trained parameters grows; None where there is none."""
 
+    starts_frozen: ClassVar[bool] = True
+    """Whether the adapted encoder starts as the equal of the frozen one."""
+
     @abstractmethod
     def inject(self, encoder: nn.Module) -> nn.Module:
         """Adapt a frozen encoder in place and return it.
