@@ -19,6 +19,9 @@ class Method(ABC):
     width: ClassVar[str | None] = None
     """The setting by which the number of trained parameters grows; None where there is none."""
 
+    starts_frozen: ClassVar[bool] = True
+    """Whether the adapted encoder starts as the equal of the frozen one."""
+
     @abstractmethod
     def inject(self, encoder: nn.Module) -> nn.Module:
         """Adapt a frozen encoder in place and return it.
@@ -88,6 +91,28 @@ def transformer_blocks(encoder: nn.Module, indices: Sequence[int] | None = None)
                 f"0 to {len(found) - 1}, or -1 for the last"
             )
     return {name: found[name] for name in (list(found)[index] for index in indices)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMethod(Method):
+    """A method whose parts stand in or beside transformer blocks; each has a width.
+
+    Args:
+        blocks: indices of the adapted blocks, negative from the end; None for all.
+    """
+
+    blocks: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None and getattr(self, self.width) < 1:
+            raise ValueError(f"peft.{self.width}={getattr(self, self.width)} must be at least 1")
+
+
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    """Set a layer's weight and bias to zero, so that what it is added to starts as it was."""
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
 
 
 @dataclass(frozen=True, kw_only=True)

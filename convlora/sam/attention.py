@@ -49,14 +49,28 @@ class RelPosAttention(nn.Module):
         n, h, w, _ = x.shape
         qkv = self.qkv(x).reshape(n, h, w, 3, self.num_heads, -1).permute(3, 0, 4, 1, 2, 5)
         q, k, v = qkv.flatten(1, 2).unbind()  # [n heads, h, w, d]
-        tables = (
-            self._table(self.rel_pos_h, self.row_table, h),
-            self._table(self.rel_pos_w, self.col_table, w),
-        )
-        attended = attend(q, k, v, *(table.to(q.dtype) for table in tables))
+        attended = attend(q, k, v, *self._tables(h, w, q.dtype))
         attended = attended.view(n, self.num_heads, h, w, -1).permute(0, 2, 3, 1, 4).flatten(3)
         out: Tensor = self.proj(attended)
         return out
+
+    def with_prompts(self, x: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Let tokens [n, h, w, c] and prompts [n, p, c], which have no position, attend to all of both."""
+        n, h, w, _ = x.shape
+        tokens = torch.cat([x.flatten(1, 2), prompts], dim=1)
+        length = tokens.shape[1]
+        qkv = self.qkv(tokens).reshape(n, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.flatten(1, 2).unbind()  # [n heads, h w + p, d]
+        padding = flash_padding(q.shape[-1] + h + w, compute_capability(q.device))
+        attended = prompted_attention(q, k, v, *self._tables(h, w, q.dtype), padding)
+        attended = attended.reshape(n, self.num_heads, length, -1).transpose(1, 2).flatten(2)
+        out = self.proj(attended)
+        return out[:, : h * w].view(x.shape), out[:, h * w :]
+
+    def _tables(self, h: int, w: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        row_table = self._table(self.rel_pos_h, self.row_table, h)
+        col_table = self._table(self.rel_pos_w, self.col_table, w)
+        return row_table.to(dtype), col_table.to(dtype)
 
     def _table(self, rel_pos: Tensor, prepared: Tensor, size: int) -> Tensor:
         if rel_pos.requires_grad or len(prepared) != size:
@@ -116,15 +130,52 @@ def folded_attention(
     [scale q, rel_h, rel_w] . [k, onehot(y'), onehot(x')] is the score; `padding` zeros follow on both sides.
     The values are padded to the same width, which flash kernels demand.
     """
+    h, w, d = q.shape[1:]
+    attended = fused_attention(*fold(q, k, v, row_table, col_table, padding))
+    return attended[..., :d].unflatten(1, (h, w))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def prompted_attention(
+    q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor, padding: int = 0
+) -> Tensor:
+    """Compute `folded_attention` of a grid with prompts, whose scores are scale q.k alone.
+
+    Args:
+        q: queries [n, h w + p, d], those of the prompts last; keys and values likewise.
+        k: keys.
+        v: values.
+        row_table: embedding of the offset between each two rows [h, h, d].
+        col_table: embedding of the offset between each two columns [w, w, d].
+        padding: zeros behind the product.
+
+    Returns:
+        What the queries attend to, [n, h w + p, d].
+    """
+    h, w, d = len(row_table), len(col_table), q.shape[-1]
+    q_grid, k_grid, v_grid = (t[:, : h * w].reshape(-1, h, w, d) for t in (q, k, v))
+    prompts = (t[:, h * w :] for t in (q * d**-0.5, k, v))
+    folded = fold(q_grid, k_grid, v_grid, row_table, col_table, padding)
+    beside = (F.pad(t, (0, h + w + padding)) for t in prompts)
+    joined = [torch.cat(pair, dim=1) for pair in zip(folded, beside, strict=True)]
+    return fused_attention(*joined)[..., :d]
+
+
+def fold(
+    q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor, padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the queries, keys and values of the one product, each [n, h w, d + h + w + padding]."""
     n, h, w, d = q.shape
     rel_h, rel_w = relative_scores(q, row_table, col_table)
     position = [t.to(k.dtype).expand(n, -1, -1, -1) for t in position_of_keys(h, w, k.device)]
     zeros = k.new_zeros(n, h, w, padding)
     q = torch.cat([q * d**-0.5, rel_h, rel_w, zeros], dim=-1).flatten(1, 2)
     k = torch.cat([k, *position, zeros], dim=-1).flatten(1, 2)
-    v = F.pad(v, (0, h + w + padding)).flatten(1, 2)
-    attended = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)
-    return attended[0, ..., :d].unflatten(1, (h, w))  # type: ignore[no-untyped-call, no-any-return]
+    return q, k, F.pad(v, (0, h + w + padding)).flatten(1, 2)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by products that are scaled already, [n, l, d]."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

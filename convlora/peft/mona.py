@@ -1,0 +1,115 @@
+"""Mona (Yin et al., CVPR 2025, arXiv:2408.08345): adapters that convolve, after both residuals of a block."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import window_partition, window_unpartition
+from timm.models.tiny_vit import TinyVitBlock
+from torch import Tensor, nn
+
+from convlora.peft.method import Adapted, BlockMethod, transformer_blocks, zeroed
+
+KERNELS = (3, 5, 7)
+
+
+class Mona(nn.Module):
+    """x + up(dropout(gelu(conv(down(gamma norm(x) + gamma_x x))))) on a grid of tokens.
+
+    conv(t) = u + W u with u = t + the mean of three depthwise convolutions of t. The authors start `up` as
+    PyTorch does; here it starts at zero, so that the adapted encoder starts as the frozen one.
+
+    Args:
+        dim: channels of the tokens.
+        channels: of the bottleneck.
+        dropout: probability.
+    """
+
+    def __init__(self, dim: int, channels: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
+        self.gamma_x = nn.Parameter(torch.ones(dim))
+        self.down = nn.Linear(dim, channels)
+        self.depthwise = nn.ModuleList(
+            nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels) for size in KERNELS
+        )
+        self.pointwise = nn.Conv2d(channels, channels, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.up = zeroed(nn.Linear(channels, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, h, w, dim] to [n, h, w, dim]."""
+        t = self.down(self.norm(x) * self.gamma + x * self.gamma_x).permute(0, 3, 1, 2)
+        u = t + sum(conv(t) for conv in self.depthwise) / len(KERNELS)
+        hidden = self.dropout(F.gelu(u + self.pointwise(u))).permute(0, 2, 3, 1)
+        y: Tensor = x + self.up(hidden)
+        return y
+
+
+class MonaBlock(Adapted):
+    """A frozen block with one adapter after each of its residuals.
+
+    Args:
+        base: a block of SAM's ViT or of TinyViT.
+        channels: of the adapters' bottlenecks.
+        dropout: probability, in the bottlenecks.
+    """
+
+    def __init__(self, base: Any, channels: int, dropout: float):
+        super().__init__()
+        self.base = base
+        dim = base.attn.proj.out_features
+        self.after_attention = Mona(dim, channels, dropout)
+        self.after_mlp = Mona(dim, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, h, w, c] to [n, h, w, c]."""
+        x = self.after_attention(attention_half(self.base, x))
+        y: Tensor = self.after_mlp(mlp_half(self.base, x))
+        return y
+
+
+def attention_half(block: Any, x: Tensor) -> Tensor:
+    """Return what a block's MLP half starts from: tokens [n, h, w, c] after attention and its residual.
+
+    TinyViT's convolution between attention and MLP belongs to it.
+    """
+    if isinstance(block, TinyVitBlock):  # its attention has a norm of its own and sees windows [n, l, c]
+        windows, padded = window_partition(x, block.window_size)
+        attended = block.attn(windows.flatten(1, 2)).view(windows.shape)
+        x = x + window_unpartition(attended, block.window_size, padded, x.shape[1:3])
+        convolved: Tensor = block.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return convolved
+    tokens = block.norm1(x)
+    if block.window_size == 0:
+        return x + block.attn(tokens)  # type: ignore[no-any-return]
+    windows, padded = window_partition(tokens, block.window_size)
+    return x + window_unpartition(block.attn(windows), block.window_size, padded, x.shape[1:3])  # type: ignore[no-any-return]
+
+
+def mlp_half(block: Any, x: Tensor) -> Tensor:
+    """Return tokens [n, h, w, c] after the MLP and its residual."""
+    y: Tensor = x + block.mlp(x if isinstance(block, TinyVitBlock) else block.norm2(x))
+    return y
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonaAdapters(BlockMethod):
+    """Two convolving adapters in each block.
+
+    Args:
+        channels: of the bottlenecks, at least 1.
+        dropout: probability, in the bottlenecks.
+        blocks: indices of the adapted transformer blocks, negative from the end; None for all.
+    """
+
+    width = "channels"
+    channels: int = 64
+    dropout: float = 0.1
+
+    def inject(self, encoder: nn.Module) -> nn.Module:
+        for name, block in transformer_blocks(encoder, self.blocks).items():
+            encoder.set_submodule(name, MonaBlock(block, self.channels, self.dropout), strict=True)
+        return encoder
