@@ -81,10 +81,7 @@ def test_a_run_tells_how_its_test_images_were_routed(cli: Commands) -> None:
     ]
     assert all(1 <= float(row["mean_scale"]) <= 4 for row in by_image)
     assert np.mean([float(row["mean_scale"]) for row in by_image]) <= np.mean(scales) + 1e-6  # geometric
-    logged = EventAccumulator(
-        "run/tensorboard/version_0" if Path("run/tensorboard/version_0").is_dir() else "run"
-    )
-    logged.Reload()
+    logged = EventAccumulator("run/tensorboard").Reload()
     assert {event.step for event in logged.Scalars("routing/blocks.0.attn.qkv")} == {2, 4}
     assert [event.step for event in logged.Images("train/routing")] == [2, 4]
 
