@@ -89,7 +89,7 @@ class SegmentationTask(LightningModule):
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
         self.log("train/lr", lr, batch_size=len(batch.images))
-        aux = aux_loss(self.segmenter)
+        aux = aux_loss(self.segmenter, self.global_step / self.trainer.estimated_stepping_batches)
         if aux is not None:
             self.log("train/aux_loss", aux, batch_size=len(batch.images))
             loss = loss + aux

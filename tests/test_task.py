@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, Commands
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -162,6 +163,32 @@ def test_a_loss_that_is_not_finite_for_one_image_is_not_averaged_away(tiny: SamV
     segmenter.image_encoder.register_forward_hook(break_one)
     with pytest.raises(FloatingPointError, match="val/loss is nan"):
         make_trainer().validate(make_task(segmenter, torch.optim.AdamW), data, verbose=False)
+
+
+def test_layers_weight_their_loss_by_the_share_of_the_training_that_is_done(
+    tiny: SamViT, tmp_path: Path
+) -> None:
+    def fit(epochs: int, resumed: Path | None = None) -> list[float]:
+        segmenter, seen = adapted(tiny), []
+        first = gates_of(segmenter)[0]
+        first.aux_weight = lambda progress: seen.append(progress) or 1.0  # type: ignore[assignment,func-returns-value]
+        trainer = make_trainer(max_epochs=3, num_sanity_val_steps=0)
+        if epochs < 3:
+            trainer.callbacks.append(LambdaCallback(on_train_epoch_end=stop_after(epochs)))  # type: ignore[attr-defined]
+        trainer.fit(make_task(segmenter, torch.optim.AdamW), scenes(), ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return seen
+
+    def stop_after(epochs: int) -> Callable[[Trainer, LightningModule], None]:
+        def stop(trainer: Trainer, task: LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch + 1 >= epochs
+
+        return stop
+
+    whole = [step / 6 for step in range(6)]  # 3 epochs of 2 batches
+    assert fit(3) == pytest.approx(whole)
+    assert fit(1) == pytest.approx(whole[:2])
+    assert fit(3, tmp_path / "last.ckpt") == pytest.approx(whole[2:])
 
 
 def test_every_trained_parameter_is_in_one_group_and_only_weights_decay(tiny: SamViT) -> None:
