@@ -2,8 +2,9 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -35,9 +36,11 @@ class Adapted(nn.Module):
 
     Attributes:
         base: the frozen part.
+        rates: learning rates of parameters by name, as multiples of the others'; those left out are 1.
     """
 
     base: nn.Module
+    rates: Mapping[str, float] = MappingProxyType({})
 
     def merged(self) -> nn.Module:
         """Return a part of the frozen one's own kind that computes the same.
@@ -139,6 +142,16 @@ class LinearMethod(Method):
 
 def _is_named(name: str, target: str) -> bool:
     return f".{name}".endswith(tuple(f".{end}" for end in ROLES.get(target, (target,))))
+
+
+def learning_rates(module: nn.Module) -> dict[str, float]:
+    """Return the multiples of the learning rate that adapted layers ask for, by parameters' names."""
+    return {
+        f"{layer_name}.{name}".lstrip("."): multiple
+        for layer_name, layer in module.named_modules()
+        if isinstance(layer, Adapted)
+        for name, multiple in layer.rates.items()
+    }
 
 
 def aux_loss(module: nn.Module, progress: float = 0.0) -> Tensor | None:
