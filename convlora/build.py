@@ -56,6 +56,7 @@ MOVED = {
     "ckpt_path": "resume=RUN",
 }
 SEEDS = 2**32
+EXPERTS = 8  # of the released Conv-LoRA
 
 log = logging.getLogger(__name__)
 
@@ -340,6 +341,14 @@ def check_frozen_dtype(model: Config, precision: str) -> None:
             f"model.frozen_dtype={held} does not go with trainer.precision={precision}, which multiplies in "
             "single precision; set trainer.precision=bf16-mixed"
         )
+
+
+def num_experts(scales: object) -> int:
+    """Return how many experts conf/peft means where only their scales are given, or nothing is."""
+    return len(scales) if isinstance(scales, Sequence) else EXPERTS
+
+
+OmegaConf.register_new_resolver("num_experts", num_experts, replace=True)
 
 
 def is_half(precision: str) -> bool:

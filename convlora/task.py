@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from convlora.data.module import Batch
 from convlora.metrics.scores import Scores
-from convlora.peft.method import aux_loss
+from convlora.peft.method import aux_loss, learning_rates
 from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction
 
 
@@ -89,7 +89,7 @@ class SegmentationTask(LightningModule):
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
         self.log("train/lr", lr, batch_size=len(batch.images))
-        aux = aux_loss(self.segmenter)
+        aux = aux_loss(self.segmenter, self.global_step / self.trainer.estimated_stepping_batches)
         if aux is not None:
             self.log("train/aux_loss", aux, batch_size=len(batch.images))
             loss = loss + aux
@@ -153,8 +153,10 @@ class SegmentationTask(LightningModule):
         self._log_scores("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimiser with a learning rate that falls linearly to 0, step by step."""
+        """Return the optimiser with learning rates that fall linearly to 0, step by step."""
         optimizer = self.optimizer(parameter_groups(self.segmenter))
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("multiple", 1.0)
         steps = self.trainer.estimated_stepping_batches
         schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -223,13 +225,22 @@ class SegmentationTask(LightningModule):
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Return the trainable parameters as two groups: biases and norms, as released, take no weight decay."""
+    """Return the trainable parameters in groups: biases and norms, as released, take no weight decay.
+
+    The first two, with and without decay, learn at the optimiser's own rate; those after them at a `multiple`
+    of it, by which `configure_optimizers` scales them.
+    """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     plain = {name for name, p in trained if p.ndim < 2 or name.rsplit(".", 1)[-1] == "bias"}
-    return [
-        {"params": [p for name, p in trained if name not in plain]},
-        {"params": [p for name, p in trained if name in plain], "weight_decay": 0.0},
-    ]
+    rates = learning_rates(module)
+    groups: list[dict[str, Any]] = []
+    for multiple in sorted({1.0, *rates.values()}, key=lambda multiple: (multiple != 1, multiple)):
+        own = [(name, p) for name, p in trained if rates.get(name, 1.0) == multiple]
+        extra = {} if multiple == 1 else {"multiple": multiple}
+        decaying = {"params": [p for name, p in own if name not in plain], **extra}
+        constant = {"params": [p for name, p in own if name in plain], "weight_decay": 0.0, **extra}
+        groups += [group for group in (decaying, constant) if multiple == 1 or group["params"]]
+    return groups
 
 
 def check_agreement(kind: str, found: Mapping[str, str], expected: Mapping[str, str], way_out: str) -> None:

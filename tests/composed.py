@@ -4,6 +4,8 @@ import hydra
 from conftest import ROOT
 from omegaconf import DictConfig
 
+import convlora.build  # noqa: F401  # brings what conf/ computes with
+
 
 def names(group: str) -> list[str]:
     """The files of a group."""

@@ -1,5 +1,6 @@
 """The released form of what the library computes otherwise: reference in tests, rival in benchmarks."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,8 +14,8 @@ from convlora.sam.tiny_vit import TinyViTEncoder, WindowAttention
 
 
 class LiteralExperts(nn.Module):
-    """The experts as they are defined, on a grid as fine as the scale; one after another, each on the maps
-    that chose it.
+    """The experts as they are defined, on the grid of their scale; one after another, each on the maps that
+    chose it.
 
     Args:
         experts: whose parameters and settings are used.
@@ -40,8 +41,9 @@ class LiteralExperts(nn.Module):
 
     def expert(self, index: int, maps: Tensor) -> Tensor:
         """Apply one expert to maps [n, channels, h, w]."""
-        mode, size = self.interpolation, maps.shape[2:]
-        fine = F.interpolate(maps, scale_factor=self.scales[index], mode=mode)
+        mode, size, scale = self.interpolation, maps.shape[2:], self.scales[index]
+        grid = [math.ceil(scale * side) for side in size]
+        fine = F.interpolate(maps, size=grid, mode="area" if scale < 1 else mode)
         fine = F.conv2d(fine, self.weight[index], self.bias[index], padding=1)
         return F.interpolate(F.gelu(fine) if self.activation == "gelu" else fine, size=size, mode=mode)
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, Commands
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,8 +29,9 @@ from convlora.losses import StructureLoss
 from convlora.metrics.overlap import dice
 from convlora.metrics.saliency import mae
 from convlora.metrics.scores import Scores
-from convlora.peft.conv_lora import ConvLoRA
+from convlora.peft.conv_lora import ConvLoRA, ConvLoRAEquation
 from convlora.peft.gating import NoisyTopKGate
+from convlora.peft.lora import LoRA
 from convlora.sam.zoo import SamViT
 from convlora.segmenter import Segmenter, restore_size
 from convlora.task import SegmentationTask, parameter_groups
@@ -162,6 +164,67 @@ def test_a_loss_that_is_not_finite_for_one_image_is_not_averaged_away(tiny: SamV
     segmenter.image_encoder.register_forward_hook(break_one)
     with pytest.raises(FloatingPointError, match="val/loss is nan"):
         make_trainer().validate(make_task(segmenter, torch.optim.AdamW), data, verbose=False)
+
+
+@pytest.mark.parametrize("method", [LoRA, ConvLoRA])
+def test_b_learns_at_a_multiple_of_the_rate_over_all_steps(
+    tiny: SamViT, method: type[LoRA | ConvLoRA]
+) -> None:
+    segmenter = Segmenter(tiny.build(), method(b_rate=8.0))
+    seen: list[list[float]] = []
+
+    def note(trainer: Trainer, *_: Any) -> None:
+        seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    trainer = make_trainer(max_epochs=2, callbacks=LambdaCallback(on_train_batch_start=note))
+    trainer.fit(make_task(segmenter, partial(torch.optim.AdamW, lr=0.01)), scenes())
+    for step, rates in enumerate(seen):
+        own = 0.01 * (1 - step / 4)
+        assert rates == pytest.approx([own, own, 8 * own])
+    assert len(seen) == 4
+    groups = trainer.optimizers[0].param_groups
+    fast = {id(p) for p in groups[2]["params"]}
+    assert fast == {id(p) for name, p in segmenter.named_parameters() if name.endswith("lora_b.weight")}
+    assert not fast & {id(p) for group in groups[:2] for p in group["params"]}
+
+
+def test_groups_are_two_where_all_learn_at_one_rate(tiny: SamViT) -> None:
+    """Checkpoints hold that many, in this order."""
+    groups = parameter_groups(Segmenter(tiny.build(), ConvLoRA()))
+    assert [sorted(group) for group in groups] == [["params"], ["params", "weight_decay"]]
+
+
+@pytest.mark.parametrize("method", [LoRA, ConvLoRA, ConvLoRAEquation])
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused(method: type[LoRA | ConvLoRAEquation], rate: float) -> None:
+    with pytest.raises(ValueError, match=r"peft.b_rate=.* must be positive"):
+        method(b_rate=rate)
+
+
+def test_layers_weight_their_loss_by_the_share_of_the_training_that_is_done(
+    tiny: SamViT, tmp_path: Path
+) -> None:
+    def fit(epochs: int, resumed: Path | None = None) -> list[float]:
+        segmenter, seen = adapted(tiny), []
+        first = gates_of(segmenter)[0]
+        first.aux_weight = lambda progress: seen.append(progress) or 1.0  # type: ignore[assignment,func-returns-value]
+        trainer = make_trainer(max_epochs=3, num_sanity_val_steps=0)
+        if epochs < 3:
+            trainer.callbacks.append(LambdaCallback(on_train_epoch_end=stop_after(epochs)))  # type: ignore[attr-defined]
+        trainer.fit(make_task(segmenter, torch.optim.AdamW), scenes(), ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return seen
+
+    def stop_after(epochs: int) -> Callable[[Trainer, LightningModule], None]:
+        def stop(trainer: Trainer, task: LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch + 1 >= epochs
+
+        return stop
+
+    whole = [step / 6 for step in range(6)]  # 3 epochs of 2 batches
+    assert fit(3) == pytest.approx(whole)
+    assert fit(1) == pytest.approx(whole[:2])
+    assert fit(3, tmp_path / "last.ckpt") == pytest.approx(whole[2:])
 
 
 def test_every_trained_parameter_is_in_one_group_and_only_weights_decay(tiny: SamViT) -> None:

@@ -1,13 +1,14 @@
 """Convolution experts at any scale, exact, at a cost that does not grow with the scale.
 
 The expert of scale s is E_s(z) = down(act(conv3x3(up(z)))), where up resamples the tokens' grid to one s
-times finer and down back. Resampling is separable: along one axis of h tokens, up is a matrix [s h, h] and
-down one [h, s h]. Each row of down has few entries, at the m fine points nearest to the token's centre: m = 1
-where s is odd, since a fine point lies on the centre, else 2 (bilinear) or 4 (bicubic). So the convolution is
-needed at m points per token and axis only, and reads fine points at most one step from these. With
+times as fine and down back; below 1 the grid is coarser, and up takes means over areas. Resampling is
+separable: along one axis of h tokens and g = ceil(s h) points, up is a matrix [g, h] and down one [h, g].
+Each row of down has few entries, at the m points nearest to the token's centre: m = 1 where s is odd, since a
+point lies on the centre, else 2 (bilinear) or 4 (bicubic). So the convolution is needed at m points per token
+and axis only, and reads points at most one step from these. With
 
-    R_u [m h, h]   the rows of up at those points shifted by u = -1, 0, 1; a row of zeros outside the fine
-                   grid, which is the convolution's zero padding
+    R_u [m h, h]   the rows of up at those points shifted by u = -1, 0, 1; a row of zeros outside the grid,
+                   which is the convolution's zero padding
     D [h, m]       the entries of down at those points
     C_v, D'        the same along the other axis
 
@@ -17,8 +18,9 @@ the expert is, borders and clamped taps included, for every s,
 
 The scale enters by constant matrices whose sizes do not depend on it. They are gathered for each map by its
 gate together with k and bias, and three batched products give all maps their own expert at once. R and C are
-banded, so long axes are cut into tiles with margins. If act is the identity, D moves into R and C, and m = 1
-serves every scale: a 3 x 3 convolution of resampled tokens.
+banded, so long axes are cut into tiles with margins, unless a coarse scale reaches so far that margins would
+outweigh the tiles. If act is the identity, D moves into R and C, and m = 1 serves every scale: a 3 x 3
+convolution of resampled tokens.
 """
 
 import math
@@ -33,10 +35,9 @@ from torch.autograd.function import once_differentiable
 
 Activation = Literal["gelu", "identity"]
 Interpolation = Literal["bicubic", "bilinear"]
-Kind = tuple[tuple[int, ...], Interpolation, Activation]
+Kind = tuple[tuple[float, ...], Interpolation, Activation]
 TILE = 16  # tokens; a longer axis is cut into tiles, since most entries of its matrices would be zero
-MARGIN = 3  # tokens that an output can reach beyond its own, at scale 2; others reach 2
-POINTS = {"bicubic": 4, "bilinear": 2}  # fine points per axis that down-sampling by an even scale reads
+POINTS = {"bicubic": 4, "bilinear": 2}  # points per axis that interpolation reads; 1 where it meets one
 
 
 class Axis(NamedTuple):
@@ -64,15 +65,15 @@ class ConvExperts(nn.Module):
 
     Args:
         channels: r, of the maps.
-        scales: of the experts.
+        scales: of the experts, positive; below 1 they see a coarser grid.
         activation: `gelu` as in the released code, `identity` as in the paper's equation.
-        interpolation: up to the fine grid and back.
+        interpolation: to the grid of a scale and back; to a coarser one areas are averaged.
     """
 
     def __init__(
         self,
         channels: int,
-        scales: Sequence[int],
+        scales: Sequence[float],
         activation: Activation = "gelu",
         interpolation: Interpolation = "bicubic",
     ):
@@ -118,7 +119,7 @@ class RoutedExperts(torch.autograd.Function):
         bias: Tensor,
         choice: Tensor,
         size: tuple[int, int],
-        scales: tuple[int, ...],
+        scales: tuple[float, ...],
         interpolation: Interpolation,
         activation: Activation,
     ) -> Tensor:
@@ -132,7 +133,7 @@ class RoutedExperts(torch.autograd.Function):
             choice: expert of each tile [n].
             size: height and width of the maps that were cut.
             scales: of the experts.
-            interpolation: up to the fine grid and back.
+            interpolation: to the grid of a scale and back.
             activation: between convolution and down-sampling.
         """
         kind = (scales, interpolation, activation)
@@ -219,7 +220,7 @@ def kernels(weight: Tensor, choice: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def axis_of(
     size: int,
-    scales: tuple[int, ...],
+    scales: tuple[float, ...],
     interpolation: Interpolation,
     activation: Activation,
     device: torch.device,
@@ -231,36 +232,43 @@ def axis_of(
 @cache
 def _read_off(
     size: int,
-    scales: tuple[int, ...],
+    scales: tuple[float, ...],
     interpolation: Interpolation,
     activation: Activation,
     device: torch.device,
 ) -> Axis:
     """Read the matrices off PyTorch's own resampling."""
     linear = activation == "identity"
-    m = 1 if linear or all(scale % 2 for scale in scales) else POINTS[interpolation]
+    m = 1 if linear or all(scale % 2 == 1 for scale in scales) else POINTS[interpolation]
     samples, points = [], []
     with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever they are made
         for scale in scales:
-            read = 1 if scale % 2 else POINTS[interpolation]
+            grid = grid_size(size, scale)
+            read = 1 if scale % 2 == 1 else POINTS[interpolation]
             kept = read if linear else m
-            first = scale * torch.arange(size) + (scale - read) // 2
-            fine = first[:, None] + torch.arange(-1, kept + 1)
-            inside = (fine >= 0) & (fine < scale * size)
-            fine = fine.clamp(0, scale * size - 1)
-            up = resampling(size, scale * size, interpolation)[fine] * inside[..., None]
+            # below the centre of each token, (i + 1/2) g / h - 1/2, in whole numbers
+            below = ((2 * torch.arange(size) + 1) * grid - size) // (2 * size)
+            fine = (below - (read - 1) // 2)[:, None] + torch.arange(-1, kept + 1)
+            inside = (fine >= 0) & (fine < grid)
+            fine = fine.clamp(0, grid - 1)
+            down = resampling(grid, size, interpolation)
+            d = down.gather(1, fine[:, 1:-1]) * inside[:, 1:-1]
+            up = resampling(size, grid, "area" if scale < 1 else interpolation)[fine] * inside[..., None]
             r = torch.stack([up[:, u : u + kept] for u in range(3)])  # [3, size, kept, size]
-            d = resampling(scale * size, size, interpolation).gather(1, fine[:, 1:-1]) * inside[:, 1:-1]
+            r *= (d != 0)[..., None]  # what is not read has no reach
             if linear:
                 r, d = (d[..., None] * r).sum(dim=2, keepdim=True), torch.ones_like(d[:, :1])
             samples.append(r.transpose(1, 2))
             points.append(d.T)
-        h = tile_length(size)
-        margin = MARGIN if h < size else 0
+        whole = torch.stack(samples)  # [e, 3, m, size, size]
+        own, other = whole.any(dim=0).flatten(0, 1).any(dim=0).nonzero().T
+        reach = int((own - other).abs().max())
+        h = tile_length(size, reach)
+        margin = reach if h < size else 0
         tokens = torch.arange(0, size, h)[:, None] + torch.arange(-margin, h + margin)
         inside = (tokens >= 0) & (tokens < size)
         tokens = tokens.clamp(0, size - 1)
-        whole = torch.stack(samples).view(len(scales), 3, -1, len(tokens), h, size)
+        whole = whole.view(len(scales), 3, -1, len(tokens), h, size)
         index = tokens[:, None].expand(*whole.shape[:3], -1, h, -1)
         tiled = (whole.gather(5, index) * inside[:, None]).float().to(device)
         return Axis(
@@ -271,14 +279,23 @@ def _read_off(
         )
 
 
-def tile_length(size: int) -> int:
-    """Return how long a tile is: an axis that is much longer than the reach of the resampling is cut."""
-    if size <= 2 * TILE:
-        return size
-    return next((length for length in range(TILE, TILE // 2, -1) if size % length == 0), size)
+def tile_length(size: int, reach: int) -> int:
+    """Return how long a tile is: an axis is cut where tiles are much shorter with their margins, too.
+
+    Args:
+        size: of the axis, in tokens.
+        reach: tokens that an output reads beyond its own.
+    """
+    lengths = range(TILE, max(TILE // 2, 2 * reach), -1)
+    return size if size <= 2 * TILE else next((each for each in lengths if size % each == 0), size)
 
 
-def resampling(size: int, to: int, interpolation: Interpolation) -> Tensor:
+def grid_size(size: int, scale: float) -> int:
+    """Return how many points an axis of `size` tokens has at a scale; rounding adds none."""
+    return max(1, math.ceil(round(scale * size, 6)))
+
+
+def resampling(size: int, to: int, mode: Interpolation | Literal["area"]) -> Tensor:
     """Return the matrix [to, size] that resamples one axis."""
     each = torch.eye(size, dtype=torch.float64).view(1, size, size, 1)
-    return F.interpolate(each, size=(to, 1), mode=interpolation)[0, :, :, 0].T
+    return F.interpolate(each, size=(to, 1), mode=mode)[0, :, :, 0].T

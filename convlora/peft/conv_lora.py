@@ -6,6 +6,7 @@ is a class here.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from convlora.peft.conv_experts import Activation, ConvExperts, Interpolation
 from convlora.peft.gating import Gate, NoisyTopK
-from convlora.peft.lora import LoRALinear
+from convlora.peft.lora import LoRALinear, check_rate
 from convlora.peft.method import LinearMethod
 
 
@@ -40,9 +41,10 @@ class ConvLoRAEquationLinear(LoRALinear):
         base: the frozen layer.
         rank: channels of the bottleneck.
         alpha: scale of the update, in units of the rank; `rank` in the paper, which has none.
-        num_experts: experts at scales 1 to `num_experts`.
+        scales: of the experts.
         gate: recipe of the layer's own gate.
         interpolation: between the tokens' grid and the experts'.
+        b_rate: learning rate of B as a multiple of the others'.
 
     Attributes:
         routes: of the last pass.
@@ -56,13 +58,14 @@ class ConvLoRAEquationLinear(LoRALinear):
         base: nn.Linear,
         rank: int,
         alpha: float,
-        num_experts: int,
+        scales: Sequence[float],
         gate: Gate,
         interpolation: Interpolation = "bicubic",
+        b_rate: float = 1.0,
     ):
-        super().__init__(base, rank, alpha)
-        self.gate = gate.build(rank, num_experts)
-        self.experts = ConvExperts(rank, range(1, num_experts + 1), self.activation, interpolation)
+        super().__init__(base, rank, alpha, b_rate)
+        self.gate = gate.build(rank, len(scales))
+        self.experts = ConvExperts(rank, scales, self.activation, interpolation)
 
     def bottleneck(self, z: Tensor) -> Tensor:
         """Return the chosen experts' output for tokens [n, h, w, rank] or [n, l, rank], l a square window."""
@@ -106,31 +109,49 @@ class ConvLoRAEquation(LinearMethod):
 
     Args:
         rank: channels of the bottleneck.
-        num_experts: experts at scales 1 to `num_experts`.
+        num_experts: how many there are, at scales 1 to `num_experts` where no scales are given.
+        scales: of the experts, one for each, as positive numbers: 2 is a grid twice as fine as the tokens',
+            0.5 one half as fine; None for 1 to `num_experts`.
         gate: which of them each map passes through.
         targets: ends of the names of the adapted layers.
         blocks: indices of the adapted transformer blocks, negative from the end; None for all.
         interpolation: between the tokens' grid and the experts', bicubic or bilinear.
+        b_rate: learning rate of B as a multiple of the others', as in LoRA+.
     """
 
     width = "rank"
 
     rank: int = 3
     num_experts: int = 8
+    scales: Sequence[float] | None = None
     gate: Gate = field(default_factory=NoisyTopK)
     interpolation: Interpolation = "bicubic"
+    b_rate: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"peft.rank={self.rank} must be at least 1")
+        check_rate(self.b_rate)
         if self.num_experts < 1:
             raise ValueError(f"peft.num_experts={self.num_experts} must be at least 1")
+        if self.scales is not None and len(self.scales) != self.num_experts:
+            raise ValueError(
+                f"peft.scales={list(self.scales)} has {len(self.scales)} entries, but "
+                f"peft.num_experts={self.num_experts}; leave one of the two out, or let them agree"
+            )
+        if self.scales is not None and not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"peft.scales={list(self.scales)} must be positive numbers")
         if not isinstance(self.gate, Gate):
             raise ValueError(f"peft.gate={self.gate} is no gate; choose one such as peft/gate=noisy_top_k")
 
+    @property
+    def expert_scales(self) -> Sequence[float]:
+        """The scale of each expert."""
+        return range(1, self.num_experts + 1) if self.scales is None else self.scales
+
     def adapt(self, layer: nn.Linear) -> ConvLoRAEquationLinear:
         return ConvLoRAEquationLinear(
-            layer, self.rank, self.rank, self.num_experts, self.gate, self.interpolation
+            layer, self.rank, self.rank, self.expert_scales, self.gate, self.interpolation, self.b_rate
         )
 
 
@@ -145,4 +166,6 @@ class ConvLoRA(ConvLoRAEquation):
     alpha: float = 32.0
 
     def adapt(self, layer: nn.Linear) -> ConvLoRALinear:
-        return ConvLoRALinear(layer, self.rank, self.alpha, self.num_experts, self.gate, self.interpolation)
+        return ConvLoRALinear(
+            layer, self.rank, self.alpha, self.expert_scales, self.gate, self.interpolation, self.b_rate
+        )

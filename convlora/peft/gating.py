@@ -1,12 +1,14 @@
-"""Gates of a mixture of experts: noisy top-k routing with a balance loss.
+"""Gates of a mixture of experts: which experts each map passes through, and with what weights.
 
 Shazeer et al., "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", ICLR 2017,
-arXiv:1701.06538, equations 3 to 11 and appendix A.
+arXiv:1701.06538, equations 3 to 11 and appendix A; Fedus, Zoph, Shazeer, "Switch Transformers: Scaling to
+Trillion Parameter Models with Simple and Efficient Sparsity", JMLR 2022, arXiv:2101.03961, section 2.2.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 
 from convlora.peft.method import HasAuxLoss
 
+Sees = Literal["mean", "spread"]
+Schedule = Literal["constant", "linear"]
 NOISE_FLOOR = 1e-2  # standard deviation of the noise that no training can remove
 BALANCE_WEIGHT = 1e-2
+LEAST_VARIANCE = 1e-6  # of the tokens of a map, since a root has no slope at 0
 
 
 class Routes(NamedTuple):
@@ -35,7 +40,9 @@ class Gate(ABC):
 
     @abstractmethod
     def build(self, channels: int, num_experts: int) -> nn.Module:
-        """Return one layer's own gate, which maps [n, h, w, channels] to `Routes` and records its `aux_loss`.
+        """Return one layer's own gate, which maps [n, h, w, channels] to `Routes`.
+
+        One that balances its experts is a `HasAuxLoss` and records its `aux_loss` in training.
 
         Raises:
             ValueError: it cannot choose from so many experts.
@@ -48,13 +55,20 @@ class NoisyTopK(Gate):
 
     Args:
         top_k: experts kept per map, from 1 to their number.
+        sees: `mean` of a map's tokens, or `spread`, mean and standard deviation.
+        balance: weight of the balance loss; 0 switches it off.
+        schedule: of that weight: `constant`, or `linear`, which falls to 0 over the training.
     """
 
     top_k: int = 1
+    sees: Sees = "mean"
+    balance: float = BALANCE_WEIGHT
+    schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ValueError(f"peft.gate.top_k={self.top_k} must be at least 1")
+        check_balance(self.balance)
 
     def build(self, channels: int, num_experts: int) -> "NoisyTopKGate":
         """Return a gate that has learnt nothing yet."""
@@ -62,48 +76,256 @@ class NoisyTopK(Gate):
             raise ValueError(
                 f"peft.gate.top_k={self.top_k} must lie between 1 and peft.num_experts={num_experts}"
             )
-        return NoisyTopKGate(channels, num_experts, self.top_k)
+        return NoisyTopKGate(channels, num_experts, self.top_k, self.sees, self.balance, self.schedule)
 
 
-class NoisyTopKGate(HasAuxLoss):
-    """Chooses `top_k` of `num_experts` experts for each map by the mean of its tokens; weights of sum 1.
-
-    With `top_k=1` the softmax over the one kept logit is the constant 1: the gate then learns from the
-    balance loss alone, which is how the published Conv-LoRA was trained. Always computes in float32, since
-    half precision makes the routing overflow.
+@dataclass(frozen=True)
+class Switch(Gate):
+    """The Switch Transformer's gate: one expert for each map, weighted by its probability.
 
     Args:
-        channels: of the maps.
-        num_experts: to choose from.
-        top_k: experts kept per map.
+        sees: `mean` of a map's tokens, or `spread`, mean and standard deviation.
+        balance: weight of the balance loss; 0 switches it off.
+        schedule: of that weight: `constant`, or `linear`, which falls to 0 over the training.
+    """
+
+    sees: Sees = "mean"
+    balance: float = BALANCE_WEIGHT
+    schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        check_balance(self.balance)
+
+    def build(self, channels: int, num_experts: int) -> "SwitchGate":
+        """Return a gate that chooses at random from the start."""
+        return SwitchGate(channels, num_experts, self.sees, self.balance, self.schedule)
+
+
+@dataclass(frozen=True)
+class Soft(Gate):
+    """Every expert for every map, weighted by a softmax of what the gate sees of the map.
+
+    Args:
+        sees: `mean` of a map's tokens, or `spread`, mean and standard deviation.
+        balance: weight of the balance loss; 0 switches it off.
+        schedule: of that weight: `constant`, or `linear`, which falls to 0 over the training.
+    """
+
+    sees: Sees = "mean"
+    balance: float = 0.0
+    schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        check_balance(self.balance)
+
+    def build(self, channels: int, num_experts: int) -> "SoftGate":
+        """Return a gate that weights all experts alike."""
+        return SoftGate(channels, num_experts, self.sees, self.balance, self.schedule)
+
+
+@dataclass(frozen=True)
+class Layer(Gate):
+    """Every expert, with weights that a layer learns once for all maps."""
+
+    def build(self, channels: int, num_experts: int) -> "LayerGate":
+        """Return a gate that weights all experts alike."""
+        return LayerGate(num_experts)
+
+
+@dataclass(frozen=True)
+class Uniform(Gate):
+    """Every expert with the same weight; nothing is learnt."""
+
+    def build(self, channels: int, num_experts: int) -> "UniformGate":
+        """Return the gate; it has no parameters."""
+        return UniformGate(num_experts)
+
+
+class BalancedGate(HasAuxLoss):
+    """A gate that sees the maps and may be kept from preferring few experts.
+
+    Always computes in float32, since half precision makes the routing overflow.
+
+    Args:
+        sees: `mean` of a map's tokens, or `spread`, mean and standard deviation.
+        balance: weight of the balance loss; at 0 none is recorded.
+        schedule: of that weight over the training.
 
     Attributes:
         aux_loss: balance loss of the last forward pass in training.
     """
 
-    def __init__(self, channels: int, num_experts: int, top_k: int):
+    def __init__(self, sees: Sees, balance: float, schedule: Schedule):
         super().__init__()
-        self.top_k = top_k
-        self.weight = nn.Parameter(torch.zeros(channels, num_experts))
-        self.noise_weight = nn.Parameter(torch.zeros(channels, num_experts))
+        self.sees = sees
+        self.balance = balance
+        self.schedule = schedule
+
+    def aux_weight(self, progress: float) -> float:
+        return 1 - progress if self.schedule == "linear" else 1.0
 
     def forward(self, z: Tensor) -> Routes:
-        """Route maps [n, h, w, channels]; with noise and balance loss in training only."""
+        """Route maps [n, h, w, channels]."""
         with torch.autocast(z.device.type, enabled=False):
-            features = z.float().mean(dim=(1, 2))
-            clean = features @ self.weight.float()
-            if not self.training:
-                return route(clean, self.top_k)
-            std = F.softplus(features @ self.noise_weight.float()) + NOISE_FLOOR
-            noisy = clean + torch.randn_like(clean) * std
-            routes = route(noisy, self.top_k)
+            return self.route(features_of(z.float(), self.sees))
+
+    def route(self, features: Tensor) -> Routes:
+        """Route maps by their features [n, f] in float32, and record the balance loss in training."""
+        raise NotImplementedError
+
+
+class NoisyTopKGate(BalancedGate):
+    """Chooses `top_k` of `num_experts` experts for each map by what it sees of it; weights of sum 1.
+
+    With `top_k=1` the softmax over the one kept logit is the constant 1: the gate then learns from the
+    balance loss alone, which is how the published Conv-LoRA was trained. Noise in training only.
+
+    Args:
+        channels: of the maps.
+        num_experts: to choose from.
+        top_k: experts kept per map.
+        sees: what of a map the gate sees.
+        balance: weight of the balance loss.
+        schedule: of that weight over the training.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_experts: int,
+        top_k: int,
+        sees: Sees = "mean",
+        balance: float = BALANCE_WEIGHT,
+        schedule: Schedule = "constant",
+    ):
+        super().__init__(sees, balance, schedule)
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.zeros(num_features(channels, sees), num_experts))
+        self.noise_weight = nn.Parameter(torch.zeros(num_features(channels, sees), num_experts))
+
+    def route(self, features: Tensor) -> Routes:
+        clean = features @ self.weight.float()
+        if not self.training:
+            return route(clean, self.top_k)
+        std = F.softplus(features @ self.noise_weight.float()) + NOISE_FLOOR
+        noisy = clean + torch.randn_like(clean) * std
+        routes = route(noisy, self.top_k)
+        if self.balance:
             importance = torch.zeros_like(noisy).scatter(1, *routes)
             if self.top_k < noisy.shape[1]:
                 load = prob_in_top_k(clean, noisy, std, self.top_k)
             else:
                 load = torch.ones_like(noisy)
-            self.aux_loss = balance_loss(importance, load)
+            self.aux_loss = balance_loss(importance, load, self.balance)
         return routes
+
+
+class SwitchGate(BalancedGate):
+    """Sends each map to the most probable expert and weights what that returns by its probability.
+
+    So the task trains the gate. The balance loss is balance * E * sum_i f_i P_i, where f_i is the share of
+    the maps that expert i got and P_i its mean probability.
+
+    Args:
+        channels: of the maps.
+        num_experts: E.
+        sees: what of a map the gate sees.
+        balance: weight of the balance loss.
+        schedule: of that weight over the training.
+    """
+
+    def __init__(self, channels: int, num_experts: int, sees: Sees, balance: float, schedule: Schedule):
+        super().__init__(sees, balance, schedule)
+        features = num_features(channels, sees)
+        # weights of zero would send every map to expert 0
+        self.weight = nn.Parameter(torch.randn(features, num_experts) * math.sqrt(0.1 / features))
+
+    def route(self, features: Tensor) -> Routes:
+        probs = (features @ self.weight.float()).softmax(dim=1)
+        gates, choice = probs.max(dim=1, keepdim=True)
+        if self.training and self.balance:
+            share = torch.zeros_like(probs).scatter(1, choice, 1.0).mean(dim=0)
+            self.aux_loss = self.balance * probs.shape[1] * (share * probs.mean(dim=0)).sum()
+        return Routes(choice, gates)
+
+
+class SoftGate(BalancedGate):
+    """Weights all experts by a softmax; the balance loss is balance * CV^2(importance).
+
+    Args:
+        channels: of the maps.
+        num_experts: to weight.
+        sees: what of a map the gate sees.
+        balance: weight of the balance loss.
+        schedule: of that weight over the training.
+    """
+
+    def __init__(self, channels: int, num_experts: int, sees: Sees, balance: float, schedule: Schedule):
+        super().__init__(sees, balance, schedule)
+        self.weight = nn.Parameter(torch.zeros(num_features(channels, sees), num_experts))
+
+    def route(self, features: Tensor) -> Routes:
+        gates = (features @ self.weight.float()).softmax(dim=1)
+        if self.training and self.balance:
+            self.aux_loss = self.balance * cv_squared(gates.sum(dim=0))
+        return to_all(gates)
+
+
+class LayerGate(nn.Module):
+    """Weights all experts by one softmax, whatever the map.
+
+    Args:
+        num_experts: to weight.
+    """
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(num_experts))
+
+    def forward(self, z: Tensor) -> Routes:
+        """Route maps [n, h, w, channels]."""
+        return to_all(self.logits.float().softmax(dim=0).expand(len(z), -1))
+
+
+class UniformGate(nn.Module):
+    """Weights all experts alike.
+
+    Args:
+        num_experts: to weight.
+    """
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, z: Tensor) -> Routes:
+        """Route maps [n, h, w, channels]."""
+        shape = (len(z), self.num_experts)
+        return to_all(torch.full(shape, 1 / self.num_experts, dtype=torch.float32, device=z.device))
+
+
+def check_balance(balance: float) -> None:
+    """Refuse a negative weight of the balance loss; raises ValueError."""
+    if not balance >= 0:
+        raise ValueError(f"peft.gate.balance={balance} must be at least 0; 0 switches the loss off")
+
+
+def num_features(channels: int, sees: Sees) -> int:
+    """Return how many numbers a gate sees of a map."""
+    return 2 * channels if sees == "spread" else channels
+
+
+def features_of(z: Tensor, sees: Sees) -> Tensor:
+    """Return what a gate sees of maps [n, h, w, channels]: [n, num_features]."""
+    mean = z.mean(dim=(1, 2))
+    if sees == "mean":
+        return mean
+    return torch.cat([mean, (z.var(dim=(1, 2), correction=0) + LEAST_VARIANCE).sqrt()], dim=1)
+
+
+def to_all(gates: Tensor) -> Routes:
+    """Send each map to every expert, with weights [n, e]."""
+    return Routes(torch.arange(gates.shape[1], device=gates.device).expand_as(gates), gates)
 
 
 def route(logits: Tensor, top_k: int) -> Routes:
@@ -112,15 +334,16 @@ def route(logits: Tensor, top_k: int) -> Routes:
     return Routes(top.indices, top.values.softmax(dim=1))
 
 
-def balance_loss(gates: Tensor, load: Tensor) -> Tensor:
-    """Return 0.01 (CV^2(importance) + CV^2(load)), low where all experts are used alike.
+def balance_loss(gates: Tensor, load: Tensor, weight: float = BALANCE_WEIGHT) -> Tensor:
+    """Return weight (CV^2(importance) + CV^2(load)), low where all experts are used alike.
 
     Args:
         gates: weight of each expert for each map [n, e], 0 where it was not chosen; an expert's importance is
             its sum.
         load: probability that each expert is chosen for each map [n, e].
+        weight: of the loss.
     """
-    return BALANCE_WEIGHT * (cv_squared(gates.sum(dim=0)) + cv_squared(load.sum(dim=0)))
+    return weight * (cv_squared(gates.sum(dim=0)) + cv_squared(load.sum(dim=0)))
 
 
 def prob_in_top_k(clean: Tensor, noisy: Tensor, std: Tensor, top_k: int) -> Tensor:

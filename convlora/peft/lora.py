@@ -1,6 +1,7 @@
 """LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): a trainable low-rank update of a frozen linear layer."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +19,20 @@ class LoRALinear(Adapted):
         base: the frozen layer.
         rank: of the update.
         alpha: scale of the update, in units of the rank.
+        b_rate: learning rate of B as a multiple of the others' (LoRA+: Hayou, Ghosh, Yu, ICML 2024,
+            arXiv:2402.12354).
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    base: nn.Linear
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, b_rate: float = 1.0):
         super().__init__()
         self.base: nn.Linear = base
         self.lora_a = nn.Linear(base.in_features, rank, bias=False)
         self.lora_b = nn.Linear(rank, base.out_features, bias=False)
         nn.init.zeros_(self.lora_b.weight)
         self.scaling = alpha / rank
+        self.rates = {"lora_b.weight": b_rate}
 
     def bottleneck(self, z: Tensor) -> Tensor:
         """Map the tokens between A and B, [..., rank] to [..., rank]; plain LoRA leaves them as they are."""
@@ -57,16 +63,25 @@ class LoRA(LinearMethod):
         alpha: scale of the update, in units of the rank.
         targets: ends of the names of the adapted layers.
         blocks: indices of the adapted transformer blocks, negative from the end; None for all.
+        b_rate: learning rate of B as a multiple of the others', as in LoRA+.
     """
 
     width = "rank"
 
     rank: int = 3
     alpha: float = 32.0
+    b_rate: float = 1.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"peft.rank={self.rank} must be at least 1")
+        check_rate(self.b_rate)
 
     def adapt(self, layer: nn.Linear) -> LoRALinear:
-        return LoRALinear(layer, self.rank, self.alpha)
+        return LoRALinear(layer, self.rank, self.alpha, self.b_rate)
+
+
+def check_rate(b_rate: float) -> None:
+    """Refuse a multiple of the learning rate that is none; raises ValueError."""
+    if not 0 < b_rate < math.inf:
+        raise ValueError(f"peft.b_rate={b_rate} must be positive; 1 trains B at the rate of the others")

@@ -2,8 +2,9 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -38,9 +39,11 @@ class Adapted(nn.Module):
 
     Attributes:
         base: the frozen part.
+        rates: learning rates of parameters by name, as multiples of the others'; those left out are 1.
     """
 
     base: nn.Module
+    rates: Mapping[str, float] = MappingProxyType({})
 
     def merged(self) -> nn.Module:
         """Return a part of the frozen one's own kind that computes the same.
@@ -166,13 +169,28 @@ def _is_named(name: str, target: str) -> bool:
     return f".{name}".endswith(tuple(f".{end}" for end in ROLES.get(target, (target,))))
 
 
-def aux_loss(module: nn.Module) -> Tensor | None:
+def learning_rates(module: nn.Module) -> dict[str, float]:
+    """Return the multiples of the learning rate that adapted layers ask for, by parameters' names."""
+    return {
+        f"{layer_name}.{name}".lstrip("."): multiple
+        for layer_name, layer in module.named_modules()
+        if isinstance(layer, Adapted)
+        for name, multiple in layer.rates.items()
+    }
+
+
+def aux_loss(module: nn.Module, progress: float = 0.0) -> Tensor | None:
     """Sum the auxiliary losses that the layers of `module` recorded in their last training pass.
 
+    Args:
+        module: whose layers they are.
+        progress: of the training, from 0 to 1, by which layers may weight their loss.
+
     Returns:
-        A scalar, or None where no layer records any.
+        A scalar, or None where no layer recorded any.
     """
-    losses = [layer.aux_loss for layer in module.modules() if isinstance(layer, HasAuxLoss)]
+    recorded = (layer for layer in module.modules() if isinstance(layer, HasAuxLoss))
+    losses = [layer.aux_weight(progress) * layer.aux_loss for layer in recorded if hasattr(layer, "aux_loss")]
     return torch.stack(losses).sum() if losses else None
 
 
@@ -180,10 +198,14 @@ class HasAuxLoss(nn.Module):
     """A layer that records a scalar loss of its own in every forward pass of the training.
 
     Attributes:
-        aux_loss: of the last such pass, with its graph.
+        aux_loss: of the last such pass, with its graph; absent where there is none to record.
     """
 
     aux_loss: Tensor
+
+    def aux_weight(self, progress: float) -> float:
+        """Return what the loss is multiplied by when this share of the training is done."""
+        return 1.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the loss behind: a graph can be neither copied nor pickled."""

@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -6,13 +7,14 @@ from conftest import golden
 from literal import LiteralExperts
 from torch import Tensor
 
-from convlora.peft.conv_experts import Activation, ConvExperts, Interpolation, axis_of
+from convlora.peft.conv_experts import Activation, ConvExperts, Interpolation, axis_of, grid_size
 
 SCALES = range(1, 17)
+ANY_SCALES = [0.125, 0.25, 0.5, 0.75, 1.25, 1.5, 2.5, 3.3]
 GRIDS = [(14, 14), (9, 13), (1, 4), (3, 1)]
 
 
-def make(scales: range | list[int], activation: Activation, interpolation: Interpolation) -> ConvExperts:
+def make(scales: Sequence[float], activation: Activation, interpolation: Interpolation) -> ConvExperts:
     torch.manual_seed(0)
     experts = ConvExperts(3, scales, activation, interpolation)
     torch.nn.init.normal_(experts.bias)
@@ -37,9 +39,9 @@ def assert_same_function(experts: ConvExperts, z: Tensor, choice: Tensor, gates:
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("activation", ["gelu", "identity"])
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [*SCALES, *ANY_SCALES])
 def test_one_expert_equals_literal_form(
-    scale: int, activation: Activation, interpolation: Interpolation
+    scale: float, activation: Activation, interpolation: Interpolation
 ) -> None:
     experts = make([scale], activation, interpolation)
     for h, w in GRIDS:
@@ -62,6 +64,34 @@ def test_global_grids_equal_literal_form(size: tuple[int, int], activation: Acti
     experts = make(range(1, 9), activation, "bicubic")
     choice = torch.tensor([[1, 0], [7, 2], [3, 4]])
     assert_same_function(experts, torch.randn(3, *size, 3), choice, torch.rand(3, 2))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("activation", ["gelu", "identity"])
+@pytest.mark.parametrize("scales", [[0.25, 0.5], [0.5, 1, 2, 4], [1.5, 0.75, 3]])
+@pytest.mark.parametrize("size", [(64, 64), (48, 20)])
+def test_any_scales_equal_literal_form_on_global_grids(
+    size: tuple[int, int], scales: list[float], activation: Activation, interpolation: Interpolation
+) -> None:
+    experts = make(scales, activation, interpolation)
+    choice = torch.stack([torch.arange(len(scales)), torch.arange(len(scales)).roll(1)], dim=1)
+    assert_same_function(experts, torch.randn(len(scales), *size, 3), choice, torch.rand(len(scales), 2))
+
+
+def test_an_axis_is_cut_into_tiles_where_the_reach_is_short() -> None:
+    """At scale 2 a token reads 3 beyond its own; at 1/4 so many that tiles would be no smaller."""
+    axes = {s: axis_of(64, (s,), "bicubic", "gelu", torch.device("cpu")) for s in (0.25, 1, 2, 3)}
+    assert {scale: tuple(axis.tokens.shape) for scale, axis in axes.items()} == {
+        0.25: (1, 64),
+        1: (4, 18),
+        2: (4, 22),
+        3: (4, 20),
+    }
+
+
+@pytest.mark.parametrize(("scale", "points"), [(1.1, 11), (0.1, 1), (1 / 3, 4), (0.01, 1), (2.7, 27)])
+def test_rounding_adds_no_point_to_a_grid(scale: float, points: int) -> None:
+    assert grid_size(10, scale) == points
 
 
 @pytest.mark.parametrize("scale", SCALES)

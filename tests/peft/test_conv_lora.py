@@ -1,6 +1,10 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
+from composed import compose
 from conftest import golden
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from convlora.peft.conv_lora import (
@@ -10,7 +14,7 @@ from convlora.peft.conv_lora import (
     ConvLoRALinear,
     as_grid,
 )
-from convlora.peft.gating import NoisyTopK, balance_loss
+from convlora.peft.gating import NoisyTopK, Uniform, balance_loss
 from convlora.peft.method import aux_loss
 from convlora.sam.zoo import SamViT
 
@@ -32,7 +36,7 @@ def reference(case: str) -> Reference:
 def layer(case: str, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> ConvLoRALinear:
     c_out, c_in = reference["weight"].shape
     num_experts, rank = reference["expert_bias"].shape
-    layer = ConvLoRALinear(nn.Linear(c_in, c_out), rank, 32, num_experts, NoisyTopK())
+    layer = ConvLoRALinear(nn.Linear(c_in, c_out), rank, 32, range(1, num_experts + 1), NoisyTopK())
     names = {
         "base.weight": "weight",
         "base.bias": "bias",
@@ -96,7 +100,7 @@ def test_several_experts_add_up_by_their_gates(equation: bool) -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 9)
     kind = ConvLoRAEquationLinear if equation else ConvLoRALinear
-    layer = kind(base, rank=3, alpha=6, num_experts=4, gate=NoisyTopK(top_k=2))
+    layer = kind(base, rank=3, alpha=6, scales=range(1, 5), gate=NoisyTopK(top_k=2))
     nn.init.normal_(layer.lora_b.weight)
     nn.init.normal_(layer.gate.weight)
     layer.eval()
@@ -150,6 +154,43 @@ def test_impossible_mixtures_are_refused(method: type[ConvLoRA | ConvLoRAEquatio
             ValueError, match=r"peft.gate=.* is no gate; choose one such as peft/gate=noisy_top_k"
         ):
             method(gate=no_gate)
+
+
+@pytest.mark.parametrize("method", ["conv_lora", "conv_lora_equation"])
+@pytest.mark.parametrize(
+    ("line", "scales"),
+    [
+        ([], range(1, 9)),
+        (["peft.num_experts=4"], range(1, 5)),
+        (["peft.scales=[0.5,1,2,4]"], [0.5, 1, 2, 4]),
+        (["peft.scales=[3]", "peft.num_experts=1"], [3]),
+    ],
+)
+def test_either_number_or_scales_of_the_experts_is_enough(
+    method: str, line: list[str], scales: Sequence[float]
+) -> None:
+    made = instantiate(compose("train", f"peft={method}", *line).peft, _convert_="all")
+    layer = made.adapt(nn.Linear(6, 9))
+    assert layer.experts.scales == tuple(scales)
+    assert layer.gate.weight.shape == (3, len(scales))
+
+
+def test_ablations_of_the_paper_are_conv_lora_without_a_gate() -> None:
+    multi, fixed = (
+        instantiate(compose("train", f"peft={name}").peft, _convert_="all")
+        for name in ("multi_scale", "fixed_scale")
+    )
+    assert multi == ConvLoRA(gate=Uniform(), targets=["qkv"])
+    assert fixed == ConvLoRA(gate=Uniform(), targets=["qkv"], num_experts=1, scales=[2])
+
+
+@pytest.mark.parametrize("method", [ConvLoRA, ConvLoRAEquation])
+def test_impossible_scales_are_refused(method: type[ConvLoRA | ConvLoRAEquation]) -> None:
+    with pytest.raises(ValueError, match=r"peft.scales=\[1, 2\] has 2 entries, but peft.num_experts=8"):
+        method(scales=[1, 2])
+    for bad in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"peft.scales=.* must be positive numbers"):
+            method(scales=[1, bad], num_experts=2)
 
 
 def test_the_equation_has_no_alpha() -> None:
