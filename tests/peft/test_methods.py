@@ -15,9 +15,9 @@ from convlora.segmenter import Segmenter
 
 
 def choices() -> Iterator[list[str]]:
-    """The command lines that choose a method."""
+    """The command lines that choose a method; a gate has nothing to learn where there is one expert."""
     for name in names("peft"):
-        gates = names("peft/gate") if "gate" in compose(f"peft/{name}").peft else []
+        gates = names("peft/gate") if compose(f"peft/{name}").peft.get("num_experts", 1) > 1 else []
         yield from ([f"peft/{name}", f"peft/gate={gate}"] for gate in gates) if gates else [[f"peft/{name}"]]
 
 
