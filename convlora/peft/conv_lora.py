@@ -7,6 +7,7 @@ is a class here.
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -91,6 +92,8 @@ class ConvLoRAEquation(LinearMethod):
         blocks: indices of the adapted transformer blocks, negative from the end; None for all.
         interpolation: between the tokens' grid and the experts', bicubic or bilinear.
     """
+
+    width: ClassVar = "rank"
 
     rank: int = 3
     num_experts: int = 8

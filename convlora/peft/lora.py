@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,8 @@ class LoRA(LinearMethod):
         targets: ends of the names of the adapted layers.
         blocks: indices of the adapted transformer blocks, negative from the end; None for all.
     """
+
+    width: ClassVar = "rank"
 
     rank: int = 3
     alpha: float = 32.0
