@@ -31,17 +31,17 @@ class DoRALinear(LoRALinear):
         With w and b rows of W and B, ||w + s b A||^2 = ||w||^2 + 2 s b.(A w) + s^2 b (A A^T) b^T. This makes
         no matrix of W's size, unless W is held in half precision. Rows of zeros have the least length.
         """
-        with torch.autocast(self.lora_a.weight.device.type, enabled=False):
-            weight = self.base.weight.float()
-            a, b = self.lora_a.weight.float(), self.scaling * self.lora_b.weight.float()
-            crossed = 2 * (weight @ a.T) + b @ (a @ a.T)
-            squared = torch.linalg.vector_norm(weight, dim=1).square() + (b * crossed).sum(dim=1)
-            length: Tensor = squared.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-            return length
+        weight = self.base.weight.float()
+        a, b = self.lora_a.weight.float(), self.scaling * self.lora_b.weight.float()
+        crossed = 2 * (weight @ a.T) + b @ (a @ a.T)
+        squared = torch.linalg.vector_norm(weight, dim=1).square() + (b * crossed).sum(dim=1)
+        length: Tensor = squared.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        return length
 
     def scale(self) -> Tensor:
         """Return m / ||V||, [c_out] in float32; 1 at the start."""
-        return self.magnitude.float() / self.norm()
+        with torch.autocast(self.magnitude.device.type, enabled=False):
+            return self.magnitude.float() / self.norm()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., c_in] to [..., c_out]."""

@@ -35,11 +35,11 @@ def test_output_and_gradients_are_those_of_the_literal_form(bias: bool) -> None:
         torch.testing.assert_close(*pair, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_norm_is_computed_in_single_precision_under_autocast() -> None:
+def test_scale_is_computed_in_single_precision_under_autocast() -> None:
     layer = moved()
-    expected = layer.norm()
+    expected = layer.scale()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer.norm(), expected)
+        assert torch.equal(layer.scale(), expected)
 
 
 def test_rows_of_zeros_stay_so_without_harm() -> None:
