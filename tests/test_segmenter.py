@@ -14,6 +14,7 @@ from convlora.peft.dora import DoRA
 from convlora.peft.lora import LoRA
 from convlora.peft.method import Method, aux_loss
 from convlora.peft.selective import DecoderOnly
+from convlora.peft.ssf import SSF
 from convlora.sam.zoo import MobileSam, SamViT
 from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction
 
@@ -38,6 +39,7 @@ def count(model: str, method: Method) -> int:
         (LoRA(), 3_997_056),
         (ConvLoRA(), 4_020_096),
         (DoRA(), 4_119_936),
+        (SSF(), 4_411_264),
     ],
 )
 def test_vit_h_trains_as_many_parameters_as_are_told(method: Method, expected: int) -> None:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
+
+# What encoders are made of beside tables of positions; batch norms are folded into their convolutions
+NORMS = (nn.LayerNorm, LayerNorm2d)
+LAYERS = (nn.Linear, nn.Conv2d, *NORMS)
 
 # Linear layers of a transformer block by what they do, for encoders whose authors named them otherwise
 ROLES = {"mlp_in": ("mlp.lin1", "mlp.fc1"), "mlp_out": ("mlp.lin2", "mlp.fc2")}
