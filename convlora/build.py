@@ -32,7 +32,7 @@ from convlora.data.module import SegmentationDataModule
 from convlora.heads import Head
 from convlora.metrics.scores import Scores
 from convlora.peft.method import Method
-from convlora.sam.zoo import Backbone, load_backbone
+from convlora.sam.zoo import Backbone, hold_frozen, load_backbone
 from convlora.segmenter import Segmenter
 from convlora.task import parameter_groups
 
@@ -110,7 +110,10 @@ def make_parts(config_name: str, config: Any) -> Parts:
     check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     with torch.device("meta"):
-        outline = Segmenter(backbone.build(), method, head, data.num_classes)
+        sam = backbone.build()
+        hold_frozen(sam.image_encoder, backbone.frozen_dtype)
+        outline = Segmenter(sam, method, head, data.num_classes)
+    check_trained_dtype(outline, backbone.frozen_dtype, config.peft["_target_"])
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
     loss = make_loss(config.loss, outline)
     optimizer: Optimizer = make("optimizer", config.optimizer)
@@ -294,6 +297,16 @@ def check_frozen_dtype(model: Config, precision: str) -> None:
         raise ValueError(
             f"model.frozen_dtype={held} does not go with trainer.precision={precision}, which multiplies in "
             "single precision; set trainer.precision=bf16-mixed"
+        )
+
+
+def check_trained_dtype(segmenter: Segmenter, held: str, method: str) -> None:
+    """Refuse to train what the backbone holds in half precision, which rounds it; raises ValueError."""
+    rounded = [name for name, p in segmenter.trainable_state().items() if p.dtype != torch.float32]
+    if rounded:
+        raise ValueError(
+            f"model.frozen_dtype={held} does not go with peft._target_={method}, which trains {len(rounded)} of "
+            f"the tensors that are held so (first {rounded[0]}); set model.frozen_dtype=float32"
         )
 
 

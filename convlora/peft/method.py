@@ -28,7 +28,8 @@ class Method(ABC):
     def inject(self, encoder: nn.Module) -> nn.Module:
         """Adapt a frozen encoder in place and return it.
 
-        What the method creates is trainable by construction; nothing is chosen by a parameter's name.
+        What the method creates is trainable by construction. A method may also free tensors that the encoder
+        has, which it chooses by the kind of their module; nothing is chosen by a parameter's name.
 
         Raises:
             ValueError: this encoder has no place for it.
@@ -66,6 +67,7 @@ def merge(encoder: nn.Module) -> nn.Module:
     for name, module in list(encoder.named_modules()):
         if isinstance(module, Adapted):
             encoder.set_submodule(name, module.merged(), strict=True)
+    encoder.load_state_dict(encoder.state_dict())  # for tables that attention makes of weights when they load
     return encoder
 
 

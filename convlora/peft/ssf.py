@@ -50,7 +50,7 @@ class ScaleShift(Adapted):
                 bias.mul_(self.scale).add_(self.shift)
             elif self.shift.any():
                 raise ValueError(
-                    f"{self.base}, as in the neck, has no bias to take the shift that peft=ssf learnt after it; "
+                    f"{self.base}, as in the neck, has no bias to take the shift that peft=ssf learnt; "
                     "use the adapter beside the base weights"
                 )
         return layer
