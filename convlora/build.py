@@ -305,8 +305,8 @@ def check_trained_dtype(segmenter: Segmenter, held: str, method: str) -> None:
     rounded = [name for name, p in segmenter.trainable_state().items() if p.dtype != torch.float32]
     if rounded:
         raise ValueError(
-            f"model.frozen_dtype={held} does not go with peft._target_={method}, which trains {len(rounded)} of "
-            f"the tensors that are held so (first {rounded[0]}); set model.frozen_dtype=float32"
+            f"model.frozen_dtype={held} does not go with peft._target_={method}, which trains "
+            f"{len(rounded)} tensors that are held so (first {rounded[0]}); set model.frozen_dtype=float32"
         )
 
 
