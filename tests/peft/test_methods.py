@@ -37,13 +37,14 @@ def method(request: pytest.FixtureRequest) -> Method:
 @pytest.fixture(params=BACKBONES)
 def sam(request: pytest.FixtureRequest, method: Method) -> Sam:
     """A frozen SAM that the method can adapt."""
-    made = copy.deepcopy(build(BACKBONES[request.param]))
+    backbone = BACKBONES[request.param]
     if request.param != "vit":
         try:
-            method.inject(copy.deepcopy(made.image_encoder))
+            with torch.device("meta"):
+                method.inject(backbone.build_encoder().requires_grad_(False))
         except ValueError as refused:
             pytest.skip(str(refused))
-    return made
+    return copy.deepcopy(build(backbone))
 
 
 @cache

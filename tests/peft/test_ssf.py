@@ -3,6 +3,7 @@ import torch
 from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 
+from convlora.peft.method import merge
 from convlora.peft.ssf import SSF, ScaleShift
 from convlora.sam.tiny_vit import TinyViTEncoder
 from convlora.sam.zoo import SamViT
@@ -62,3 +63,16 @@ def test_every_layer_of_the_encoder_is_adapted_once(kind: str, tiny: SamViT) -> 
     weighted = {name.rpartition(".")[0] for name, p in encoder.named_parameters() if name.endswith(".weight")}
     adapted = SSF().inject(encoder)
     assert {name for name, module in adapted.named_modules() if isinstance(module, ScaleShift)} == weighted
+
+
+def test_encoder_whose_neck_learnt_no_shift_can_be_merged(tiny: SamViT) -> None:
+    torch.manual_seed(0)
+    adapted, images = SSF().inject(tiny.build().image_encoder), torch.randn(2, 3, 32, 32)
+    for layer in adapted.modules():
+        if isinstance(layer, ScaleShift):
+            nn.init.normal_(layer.scale, mean=1, std=0.1)
+            if layer.base.bias is not None:
+                nn.init.normal_(layer.shift, std=0.1)
+    merged = merge(adapted)
+    assert merged.state_dict().keys() == tiny.build().image_encoder.state_dict().keys()
+    torch.testing.assert_close(merged(images), adapted(images), rtol=0, atol=1e-5)
