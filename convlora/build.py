@@ -33,7 +33,7 @@ from convlora.heads import Head
 from convlora.metrics.scores import Scores
 from convlora.peft.method import Method
 from convlora.run import count
-from convlora.sam.zoo import Backbone, load_backbone
+from convlora.sam.zoo import Backbone, hold_frozen, load_backbone
 from convlora.segmenter import Segmenter
 from convlora.task import parameter_groups
 
@@ -112,6 +112,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     outline = make_outline(backbone, method, head, data.num_classes)
+    check_trained_dtype(outline, backbone.frozen_dtype, config.peft["_target_"])
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
     loss = make_loss(config.loss, outline)
     optimizer: Optimizer = make("optimizer", config.optimizer)
@@ -129,7 +130,9 @@ def make_parts(config_name: str, config: Any) -> Parts:
 def make_outline(backbone: Backbone, method: Method, head: Head, num_classes: int) -> Segmenter:
     """Build a segmenter without storage."""
     with torch.device("meta"):
-        return Segmenter(backbone.build(), method, head, num_classes)
+        sam = backbone.build()
+        hold_frozen(sam.image_encoder, backbone.frozen_dtype)
+        return Segmenter(sam, method, head, num_classes)
 
 
 def match_width(config: Any) -> Config:
@@ -349,6 +352,16 @@ def num_experts(scales: object) -> int:
 
 
 OmegaConf.register_new_resolver("num_experts", num_experts, replace=True)
+
+
+def check_trained_dtype(segmenter: Segmenter, held: str, method: str) -> None:
+    """Refuse to train what the backbone holds in half precision, which rounds it; raises ValueError."""
+    rounded = [name for name, p in segmenter.trainable_state().items() if p.dtype != torch.float32]
+    if rounded:
+        raise ValueError(
+            f"model.frozen_dtype={held} does not go with peft._target_={method}, which trains "
+            f"{len(rounded)} tensors that are held so (first {rounded[0]}); set model.frozen_dtype=float32"
+        )
 
 
 def is_half(precision: str) -> bool:

@@ -36,21 +36,24 @@ def shared() -> Path:
     return folder
 
 
+TINY = SamViT(
+    name="tiny",
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    global_attn_indexes=(1,),
+    image_size=32,
+    patch_size=4,
+    window_size=4,
+    decoder_dim=32,
+    decoder_mlp_dim=32,
+)
+"""A SAM of a few thousand parameters: windowed and global blocks, relative positions, grid 8 x 8."""
+
+
 @pytest.fixture
 def tiny() -> SamViT:
-    """A SAM of a few thousand parameters: windowed and global blocks, relative positions, grid 8 x 8."""
-    return SamViT(
-        name="tiny",
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        global_attn_indexes=(1,),
-        image_size=32,
-        patch_size=4,
-        window_size=4,
-        decoder_dim=32,
-        decoder_mlp_dim=32,
-    )
+    return TINY
 
 
 def from_conf(name: str) -> Backbone:

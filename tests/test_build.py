@@ -1,10 +1,17 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
 
-from convlora.build import make
+from convlora.build import check_trained_dtype, make
+from convlora.peft.dora import DoRA
+from convlora.peft.method import Method
+from convlora.peft.selective import BitFit, Full, NormTuning
+from convlora.peft.ssf import SSF
+from convlora.sam.zoo import SamViT, load_backbone
+from convlora.segmenter import Segmenter
 
 GATE = {"_target_": "convlora.peft.gating.NoisyTopK", "top_k": 2}
 PEFT = {"_target_": "convlora.peft.conv_lora.ConvLoRA", "rank": 2, "num_experts": 3, "gate": GATE}
@@ -41,6 +48,19 @@ def test_wrong_types_and_targets_name_their_section(changes: dict[str, str], mes
 def test_a_backbones_settings_have_types(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^model.{key}={value} is not possible: input should be "):
         make("model", {"_target_": "convlora.sam.zoo.MobileSam", "name": "mobile_sam", key: value})
+
+
+@pytest.mark.parametrize("method", [BitFit(), Full()])
+def test_methods_that_train_what_is_held_in_half_precision_are_refused(method: Method, tiny: SamViT) -> None:
+    sam, _ = load_backbone(replace(tiny, frozen_dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"^model.frozen_dtype=bfloat16 .*first image_encoder.patch_embed"):
+        check_trained_dtype(Segmenter(sam, method), "bfloat16", "X")
+
+
+@pytest.mark.parametrize("method", [NormTuning(), DoRA(), SSF()])
+def test_methods_that_train_beside_it_are_not(method: Method, tiny: SamViT) -> None:
+    sam, _ = load_backbone(replace(tiny, frozen_dtype="bfloat16"))
+    check_trained_dtype(Segmenter(sam, method), "bfloat16", "X")
 
 
 def test_what_a_target_raises_reaches_the_user_unwrapped() -> None:

@@ -10,9 +10,11 @@ from segment_anything.modeling import ImageEncoderViT
 
 from convlora.data.transforms import LongestSideResize, Resize, SquareResize, eval_transform
 from convlora.peft.conv_lora import ConvLoRA
+from convlora.peft.dora import DoRA
 from convlora.peft.lora import LoRA
 from convlora.peft.method import Method, aux_loss
-from convlora.peft.selective import DecoderOnly
+from convlora.peft.selective import BitFit, DecoderOnly, Full, NormTuning
+from convlora.peft.ssf import SSF
 from convlora.sam.zoo import MobileSam, SamViT
 from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction
 
@@ -31,9 +33,19 @@ def count(model: str, method: Method) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"), [(DecoderOnly(), 3_505_536), (LoRA(), 3_997_056), (ConvLoRA(), 4_020_096)]
+    ("method", "expected"),
+    [
+        (DecoderOnly(), 3_505_536),
+        (LoRA(), 3_997_056),
+        (ConvLoRA(), 4_020_096),
+        (DoRA(), 4_119_936),
+        (SSF(), 4_411_264),
+        (BitFit(), 3_957_888),
+        (NormTuning(), 3_670_400),
+        (Full(), 640_531_584),
+    ],
 )
-def test_vit_h_trains_as_many_parameters_as_the_paper(method: Method, expected: int) -> None:
+def test_vit_h_trains_as_many_parameters_as_are_told(method: Method, expected: int) -> None:
     assert count("sam_vit_h", method) == expected
 
 

@@ -269,6 +269,13 @@ def test_frozen_weights_in_half_precision_need_half_precision_training(cli: Comm
     assert "set trainer.precision=bf16-mixed" in done.err
 
 
+def test_weights_that_are_trained_are_not_held_in_half_precision(cli: Commands) -> None:
+    done = cli(train, *QUIET, "model.frozen_dtype=bfloat16", "trainer.precision=bf16-mixed", "peft=full")
+    assert done.code == 1
+    assert "bfloat16 does not go with peft._target_=convlora.peft.selective.Full, which trains" in done.err
+    assert "set model.frozen_dtype=float32" in done.err
+
+
 def test_memory_savers_train_and_their_adapters_predict(cli: Commands) -> None:
     done = cli(
         train,

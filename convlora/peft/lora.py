@@ -27,7 +27,7 @@ class LoRALinear(Adapted):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, b_rate: float = 1.0):
         super().__init__()
-        self.base: nn.Linear = base
+        self.base = base
         self.lora_a = nn.Linear(base.in_features, rank, bias=False)
         self.lora_b = nn.Linear(rank, base.out_features, bias=False)
         nn.init.zeros_(self.lora_b.weight)

@@ -8,7 +8,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
+
+# What encoders are made of beside tables of positions; batch norms are folded into their convolutions
+NORMS = (nn.LayerNorm, LayerNorm2d)
+LAYERS = (nn.Linear, nn.Conv2d, *NORMS)
 
 # Linear layers of a transformer block by what they do, for encoders whose authors named them otherwise
 ROLES = {"mlp_in": ("mlp.lin1", "mlp.fc1"), "mlp_out": ("mlp.lin2", "mlp.fc2")}
@@ -27,7 +32,8 @@ class Method(ABC):
     def inject(self, encoder: nn.Module) -> nn.Module:
         """Adapt a frozen encoder in place and return it.
 
-        What the method creates is trainable by construction; nothing is chosen by a parameter's name.
+        What the method creates is trainable by construction. A method may also free tensors that the encoder
+        has, which it chooses by the kind of their module; nothing is chosen by a parameter's name.
 
         Raises:
             ValueError: this encoder has no place for it.
@@ -67,6 +73,7 @@ def merge(encoder: nn.Module) -> nn.Module:
     for name, module in list(encoder.named_modules()):
         if isinstance(module, Adapted):
             encoder.set_submodule(name, module.merged(), strict=True)
+    encoder.load_state_dict(encoder.state_dict())  # for tables that attention makes of weights when they load
     return encoder
 
 
