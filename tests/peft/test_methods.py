@@ -30,21 +30,26 @@ def choices() -> Iterator[list[str]]:
 
 @pytest.fixture(params=choices(), ids=" ".join)
 def method(request: pytest.FixtureRequest) -> Method:
-    made: Method = instantiate(compose(*request.param).peft, _convert_="all")
+    return make(*request.param)
+
+
+@cache
+def make(*choice: str) -> Method:
+    made: Method = instantiate(compose(*choice).peft, _convert_="all")
     return made
 
 
 @pytest.fixture(params=BACKBONES)
 def sam(request: pytest.FixtureRequest, method: Method) -> Sam:
     """A frozen SAM that the method can adapt."""
-    backbone = BACKBONES[request.param]
+    made = build(BACKBONES[request.param])
     if request.param != "vit":
         try:
-            with torch.device("meta"):
-                method.inject(backbone.build_encoder().requires_grad_(False))
+            with torch.device("meta"):  # where it costs nothing
+                method.inject(copy.deepcopy(made.image_encoder).to("meta"))
         except ValueError as refused:
             pytest.skip(str(refused))
-    return copy.deepcopy(build(backbone))
+    return copy.deepcopy(made)
 
 
 @cache
