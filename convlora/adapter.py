@@ -158,6 +158,9 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
             or of other base weights.
     """
     path = find(checkpoint)
+    if path.suffix == ".ckpt":
+        made = f"`python -m convlora.export {in_shell('checkpoint', path.parent)}` makes one of it"
+        raise ValueError(f"{path} is a checkpoint to go on from and no adapter; {made}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

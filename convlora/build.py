@@ -56,6 +56,19 @@ MOVED = {
     "ckpt_path": "resume=RUN",
 }
 SEEDS = 2**32
+# Lightning's words; those that hold all in half precision are refused with a reason of their own
+PRECISIONS = (
+    "32-true",
+    "32",
+    "bf16-mixed",
+    "bf16",
+    "16-mixed",
+    "16",
+    "64-true",
+    "64",
+    "bf16-true",
+    "16-true",
+)
 EXPERTS = 8  # of the released Conv-LoRA
 
 log = logging.getLogger(__name__)
@@ -269,6 +282,10 @@ def check_trainer(config: Config) -> None:
     for key in ("accelerator", "devices", "precision", "max_epochs", "accumulate_grad_batches"):
         if config.get(key) is None:
             raise ValueError(f"trainer.{key} must be given; leave it as it is in conf/trainer/default.yaml")
+    if str(config["precision"]) not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision={config['precision']} must be 32-true, bf16-mixed or 16-mixed; set one"
+        )
     _check_section("trainer", config)
     if config["devices"] in (0, "0", []):
         raise ValueError(f"trainer.devices={config['devices']} trains on nothing; set trainer.devices=1")
@@ -452,7 +469,8 @@ def _check_type(path: str, value: object, hint: Any) -> None:
         first = error.errors()[0]
         way_out = f"; write {path}=[{value}]" if first["type"] in ("list_type", "sequence_str") else ""
         reason = first["msg"][0].lower() + first["msg"][1:]
-        raise ValueError(f"{path}={value} is not possible: {reason}{way_out}") from error
+        written = "null" if value is None else value
+        raise ValueError(f"{path}={written} is not possible: {reason}{way_out}") from error
     if (type(value), type(taken)) in ((float, int), (str, int), (str, float), (str, bool)):
         raise ValueError(f"{path}={value!r} is not possible: it is read as {taken}; write {path}={taken}")
 

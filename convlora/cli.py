@@ -1,6 +1,7 @@
 """The command line: compose conf/, call the job, tell mistakes in one line."""
 
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
+from hydra.utils import get_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -65,6 +67,7 @@ def command(
 
         def run(cfg: DictConfig) -> Any:
             try:
+                _refuse_deleted(cfg)
                 config = check_keys("", schema, resolve(cfg))
                 if folder is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
                     config[folder] = HydraConfig.get().runtime.output_dir
@@ -80,6 +83,7 @@ def command(
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra hands its exceptions on instead of printing them
         try:
             sys.argv[1:] = _loosen(_replay(sys.argv[1:], replay))
+            _refuse_emptied(sys.argv[1:], schema)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
         except (MissingConfigException, ConfigCompositionException) as error:
             sys.exit(_explain(_name_choice(config_name, error), full != "0"))
@@ -170,6 +174,34 @@ def _loosen(arguments: Sequence[str]) -> list[str]:
         return f"++{argument.lstrip('+')}" if is_value else argument
 
     return [*options, *map(loosen, given)]
+
+
+def _refuse_emptied(arguments: Sequence[str], schema: Callable[..., Any]) -> None:
+    """Refuse to take away what the command needs as a whole; raises ValueError."""
+    needed = inspect.signature(schema).parameters
+    for argument in _split(arguments)[1]:
+        key, _, value = argument.partition("=")
+        if key[0] == "~" and key[1:] in needed:
+            raise ValueError(f"{key} takes away what the command needs; leave it out, or set {key[1:]}=...")
+        if key.lstrip("+") in needed and value == "null" and (CONF / key).is_dir():
+            names = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
+            raise ValueError(f"{key}=null leaves nothing to build; {suggest('', names)}")
+
+
+def _refuse_deleted(cfg: DictConfig) -> None:
+    """Refuse to delete a setting that its target then takes from a default of its own; raises ValueError."""
+    for override in HydraConfig.get().overrides.task:
+        section, _, name = override.partition("=")[0].removeprefix("~").rpartition(".")
+        config = OmegaConf.select(cfg, section) if override[0] == "~" and section else None
+        if not isinstance(config, DictConfig):
+            continue
+        if name == "_target_":
+            raise ValueError(f"~{section}._target_ leaves nothing to build; leave it out")
+        if "_target_" in config and name in inspect.signature(get_object(config["_target_"])).parameters:
+            raise ValueError(
+                f"~{section}.{name} would leave {name} to a default of {config['_target_']}; write "
+                f"{section}.{name}=VALUE"
+            )
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

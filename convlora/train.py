@@ -1,6 +1,6 @@
 """Train: `python -m convlora.train dataset=kvasir model=sam_vit_b peft=conv_lora`."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ def train(config: TrainConfig) -> float | None:
                 raise OSError(f"{error}; if memory ran out, lower loading.num_workers") from error
             raise
         finally:
-            finish_wandb()
+            with suppress(RuntimeError):  # torch's, of a loader process that the same signal has ended
+                finish_wandb()
 
 
 def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer) -> float | None:

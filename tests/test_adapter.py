@@ -125,7 +125,9 @@ def test_truncated_adapter_is_refused(path: Path) -> None:
 
 def test_lightning_checkpoint_is_no_adapter(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"use RUN/adapter.safetensors"):
+    with pytest.raises(
+        ValueError, match=rf"no adapter; `python -m convlora.export checkpoint={tmp_path}` makes"
+    ):
         adapter.read(tmp_path / "last.ckpt")
 
 

@@ -39,7 +39,7 @@ def count(model: str, method: Method) -> int:
         (LoRA(), 3_997_056),
         (ConvLoRA(), 4_020_096),
         (DoRA(), 4_119_936),
-        (SSF(), 4_411_264),
+        (SSF(), 4_410_752),
         (BitFit(), 3_957_888),
         (NormTuning(), 3_670_400),
         (Full(), 640_531_584),

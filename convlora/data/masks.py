@@ -178,7 +178,7 @@ def _way_out(found: NDArray[Any]) -> str:
     if 2 < len(found) <= FEW_VALUES:
         advice += (
             f", or, if these are {len(found)} classes, name them in dataset.class_names and their values in "
-            "dataset.class_ids"
+            "dataset.class_ids, and train with metrics=multiclass loss=cross_entropy_dice"
         )
     return advice
 

@@ -13,7 +13,8 @@ class ScaleShift(Adapted):
     """A frozen layer with a learnt scale and shift of each channel that it gives: y = scale base(x) + shift.
 
     The scale starts at exactly 1 and the shift at 0, where the authors draw both around these with a standard
-    deviation of 0.02: the adapted layer starts as the frozen one.
+    deviation of 0.02: the adapted layer starts as the frozen one. A layer without bias gets no shift, so that
+    all that is learnt folds into the weights.
 
     Args:
         base: the frozen layer, one of `LAYERS`.
@@ -25,34 +26,27 @@ class ScaleShift(Adapted):
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.scale = nn.Parameter(torch.ones(len(weight)))
-        self.shift = nn.Parameter(torch.zeros(len(weight)))
+        self.shift = None if base.bias is None else nn.Parameter(torch.zeros(len(weight)))
         # channels come last in tokens, and first in maps [n, c, h, w]
         self.spread = (-1,) if isinstance(base, nn.Linear | nn.LayerNorm) else (-1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map what the frozen layer maps, to the same shape and type."""
         y: Tensor = self.base(x)
-        scale, shift = (part.view(self.spread).to(y.dtype) for part in (self.scale, self.shift))
-        return torch.addcmul(shift, y, scale)
+        scale = self.scale.view(self.spread).to(y.dtype)
+        if self.shift is None:
+            return y * scale
+        return torch.addcmul(self.shift.view(self.spread).to(y.dtype), y, scale)
 
     def merged(self) -> nn.Module:
-        """Return the layer with its weight scaled, and its bias scaled and shifted.
-
-        Raises:
-            ValueError: a shift was learnt, and the frozen layer has no bias that could take it.
-        """
+        """Return the layer with its weight scaled, and its bias scaled and shifted."""
         layer = copy.deepcopy(self.base)
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
         with torch.no_grad():
             weight *= self.scale.view(-1, *(1,) * (weight.ndim - 1))
-            if isinstance(bias, Tensor):
+            if isinstance(bias, Tensor) and self.shift is not None:
                 bias.mul_(self.scale).add_(self.shift)
-            elif self.shift.any():
-                raise ValueError(
-                    f"{self.base}, as in the neck, has no bias to take the shift that peft=ssf learnt; "
-                    "use the adapter beside the base weights"
-                )
         return layer
 
 

@@ -47,6 +47,9 @@ class Synthetic(SegmentationDataModule):
     def __post_init__(self) -> None:
         """Refuse to keep scenes in a folder, where those of other settings could be taken for them."""
         super().__post_init__()
+        for key in ("train_size", "val_size", "test_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"dataset.{key}={getattr(self, key)} must be at least 1")
         if self.loading.cache not in (None, "ram"):
             raise ValueError(
                 f"{self.name}: loading.cache={self.loading.cache} is for files, but scenes are drawn; "
