@@ -39,6 +39,8 @@ def announce(config: Any, parts: Parts, folder: Path, trainer: Trainer | None) -
         "windows": backbone.padding_advice(),
         "parameters": f"{weights:,} trainable of {count(parts.outline):,}",
         "method": spell(config.peft),
+        "match": config.match
+        and f"peft.{parts.method.width} is the greatest that trains no more than {config.match:,} parameters",
         "head": spell(config.head),
         "loss": spell(config.loss),
         "scores": f"{', '.join(parts.scores.names)}; {best.monitor} ({best.mode}) chooses the epoch",  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ from convlora.checkpoint import RunCheckpoint
 from convlora.data.module import SegmentationDataModule
 from convlora.heads import Head
 from convlora.metrics.scores import Scores
+from convlora.peft.conv_lora import EXPERTS
 from convlora.peft.method import Method
 from convlora.run import count
 from convlora.sam.zoo import Backbone, hold_frozen, load_backbone
@@ -69,7 +70,6 @@ PRECISIONS = (
     "bf16-true",
     "16-true",
 )
-EXPERTS = 8  # of the released Conv-LoRA
 
 log = logging.getLogger(__name__)
 

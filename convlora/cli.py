@@ -181,9 +181,9 @@ def _refuse_emptied(arguments: Sequence[str], schema: Callable[..., Any]) -> Non
     needed = inspect.signature(schema).parameters
     for argument in _split(arguments)[1]:
         key, _, value = argument.partition("=")
-        if key[0] == "~" and key[1:] in needed:
+        if key[:1] == "~" and key[1:] in needed:
             raise ValueError(f"{key} takes away what the command needs; leave it out, or set {key[1:]}=...")
-        if key.lstrip("+") in needed and value == "null" and (CONF / key).is_dir():
+        if value == "null" and key != "experiment" and (CONF / key).is_dir():
             names = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
             raise ValueError(f"{key}=null leaves nothing to build; {suggest('', names)}")
 
@@ -191,7 +191,7 @@ def _refuse_emptied(arguments: Sequence[str], schema: Callable[..., Any]) -> Non
 def _refuse_deleted(cfg: DictConfig) -> None:
     """Refuse to delete a setting that its target then takes from a default of its own; raises ValueError."""
     for override in HydraConfig.get().overrides.task:
-        section, _, name = override.partition("=")[0].removeprefix("~").rpartition(".")
+        section, _, name = _key(override).replace("/", ".").rpartition(".")
         config = OmegaConf.select(cfg, section) if override[0] == "~" and section else None
         if not isinstance(config, DictConfig):
             continue

@@ -137,7 +137,10 @@ class Routing(Callback):
         split = {name: counts / counts.sum() for name, counts in self._split.items()}
         rows = {
             name: {
-                **{f"scale_{scale:g}": float(part) for scale, part in zip(scales, row, strict=True)},
+                **{
+                    f"expert_{number}_scale_{scale:g}": float(part)
+                    for number, (scale, part) in enumerate(zip(scales, row, strict=True), start=1)
+                },
                 "entropy": float(entropy(row)),
                 "maps": maps[name],
             }

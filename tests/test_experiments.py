@@ -36,7 +36,13 @@ def test_experiment_is_the_papers_run(cli: Commands, name: str) -> None:
     peft = config["peft"]
     assert peft["_target_"].endswith(".ConvLoRA")
     assert (peft["rank"], peft["alpha"], peft["num_experts"]) == (3, 32, 8)
-    assert peft["gate"] == {"_target_": "convlora.peft.gating.NoisyTopK", "top_k": 1}
+    assert peft["gate"] == {
+        "_target_": "convlora.peft.gating.NoisyTopK",
+        "top_k": 1,
+        "sees": "mean",
+        "balance": 0.01,
+        "schedule": "constant",
+    }
     optimizer = config["optimizer"]
     assert optimizer["lr"] == (3e-4 if name in FAST else 1e-4)
     assert (optimizer["weight_decay"], optimizer["eps"], optimizer["betas"]) == (1e-4, 1e-6, [0.9, 0.999])

@@ -305,6 +305,8 @@ def test_compiled_encoder_trains_by_the_same_losses(cli: Commands) -> None:
     short = (
         "trainer.max_epochs=1",
         "loading.batch_size=1",
+        "model.depth=1",
+        "model.global_attn_indexes=[0]",
         *(f"dataset.{split}_size={size}" for split, size in (("train", 5), ("val", 1), ("test", 1))),
     )
     losses = []

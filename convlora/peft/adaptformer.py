@@ -1,5 +1,6 @@
 """AdaptFormer (Chen et al., NeurIPS 2022, arXiv:2205.13535): a small MLP parallel to the frozen one."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ class AdaptFormer(BlockMethod):
     width = "channels"
     channels: int = 64
     scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(f"peft.scale={self.scale} must be a number other than 0")
 
     def inject(self, encoder: nn.Module) -> nn.Module:
         blocks: dict[str, Any] = transformer_blocks(encoder, self.blocks)

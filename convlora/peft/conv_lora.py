@@ -17,6 +17,8 @@ from convlora.peft.gating import Gate, NoisyTopK
 from convlora.peft.lora import LoRALinear, check_rate
 from convlora.peft.method import LinearMethod
 
+EXPERTS = 8  # where nothing is said, as released
+
 
 class Routed(NamedTuple):
     """How the maps of a pass went through the experts.
@@ -109,7 +111,8 @@ class ConvLoRAEquation(LinearMethod):
 
     Args:
         rank: channels of the bottleneck.
-        num_experts: how many there are, at scales 1 to `num_experts` where no scales are given.
+        num_experts: how many there are, at scales 1 to `num_experts` where no scales are given; None for as
+            many as scales, or `EXPERTS`.
         scales: of the experts, one for each, as positive numbers: 2 is a grid twice as fine as the tokens',
             0.5 one half as fine; None for 1 to `num_experts`.
         gate: which of them each map passes through.
@@ -122,7 +125,7 @@ class ConvLoRAEquation(LinearMethod):
     width = "rank"
 
     rank: int = 3
-    num_experts: int = 8
+    num_experts: int | None = None
     scales: Sequence[float] | None = None
     gate: Gate = field(default_factory=NoisyTopK)
     interpolation: Interpolation = "bicubic"
@@ -132,9 +135,9 @@ class ConvLoRAEquation(LinearMethod):
         if self.rank < 1:
             raise ValueError(f"peft.rank={self.rank} must be at least 1")
         check_rate(self.b_rate)
-        if self.num_experts < 1:
+        if self.num_experts is not None and self.num_experts < 1:
             raise ValueError(f"peft.num_experts={self.num_experts} must be at least 1")
-        if self.scales is not None and len(self.scales) != self.num_experts:
+        if self.scales is not None and self.num_experts not in (None, len(self.scales)):
             raise ValueError(
                 f"peft.scales={list(self.scales)} has {len(self.scales)} entries, but "
                 f"peft.num_experts={self.num_experts}; leave one of the two out, or let them agree"
@@ -147,7 +150,7 @@ class ConvLoRAEquation(LinearMethod):
     @property
     def expert_scales(self) -> Sequence[float]:
         """The scale of each expert."""
-        return range(1, self.num_experts + 1) if self.scales is None else self.scales
+        return range(1, (self.num_experts or EXPERTS) + 1) if self.scales is None else self.scales
 
     def adapt(self, layer: nn.Linear) -> ConvLoRAEquationLinear:
         return ConvLoRAEquationLinear(

@@ -69,6 +69,11 @@ class NoisyTopK(Gate):
         if self.top_k < 1:
             raise ValueError(f"peft.gate.top_k={self.top_k} must be at least 1")
         check_balance(self.balance)
+        if self.balance == 0 and self.top_k == 1:
+            raise ValueError(
+                "peft.gate.balance=0 leaves a gate of top_k=1 nothing to learn; set peft.gate.top_k=2, or "
+                "choose peft/gate=switch, which the task trains"
+            )
 
     def build(self, channels: int, num_experts: int) -> "NoisyTopKGate":
         """Return a gate that has learnt nothing yet."""

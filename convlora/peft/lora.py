@@ -48,7 +48,7 @@ class LoRALinear(Adapted):
         """Return the linear layer of weight W + (alpha / rank) B A."""
         if type(self).bottleneck is not LoRALinear.bottleneck:  # a subclass does more between A and B
             return super().merged()
-        layer = copy.deepcopy(self.base)
+        layer = copy.deepcopy(self.base).float()  # half precision would lose what is small beside a weight
         with torch.no_grad():
             layer.weight += self.scaling * self.lora_b.weight @ self.lora_a.weight
         return layer

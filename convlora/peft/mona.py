@@ -109,6 +109,11 @@ class MonaAdapters(BlockMethod):
     channels: int = 64
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"peft.dropout={self.dropout} must be at least 0 and below 1")
+
     def inject(self, encoder: nn.Module) -> nn.Module:
         for name, block in transformer_blocks(encoder, self.blocks).items():
             encoder.set_submodule(name, MonaBlock(block, self.channels, self.dropout), strict=True)

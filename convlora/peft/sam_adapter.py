@@ -58,7 +58,10 @@ class PromptedEncoder(Adapted):
 
 
 def high_frequencies(images: Tensor, mask_ratio: float) -> Tensor:
-    """Return images [n, c, h, w] without the square of low frequencies that covers `mask_ratio` of all."""
+    """Return images [n, c, h, w] without the square of low frequencies that covers `mask_ratio` of all.
+
+    The paper does not say whether its filter keeps the sign; here it does.
+    """
     h, w = images.shape[-2:]
     with torch.autocast(images.device.type, enabled=False):  # half precision has no FFT of all sizes
         spectrum = torch.fft.rfft2(images.float())
@@ -76,7 +79,7 @@ class SamAdapter(BlockMethod):
 
     Args:
         channels: of the features that the prompts are made from, at least 1.
-        mask_ratio: share of the frequencies, the low ones, that the filter leaves out, from 0 to 1.
+        mask_ratio: share of the frequencies, the low ones, that the filter leaves out, 0 to below 1.
         blocks: indices of the prompted transformer blocks, negative from the end; None for all.
     """
 

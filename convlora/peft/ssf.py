@@ -40,7 +40,7 @@ class ScaleShift(Adapted):
 
     def merged(self) -> nn.Module:
         """Return the layer with its weight scaled, and its bias scaled and shifted."""
-        layer = copy.deepcopy(self.base)
+        layer = copy.deepcopy(self.base).float()  # half precision would lose what is small beside a weight
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
         with torch.no_grad():

@@ -187,7 +187,9 @@ def test_ablations_of_the_paper_are_conv_lora_without_a_gate() -> None:
 @pytest.mark.parametrize("method", [ConvLoRA, ConvLoRAEquation])
 def test_impossible_scales_are_refused(method: type[ConvLoRA | ConvLoRAEquation]) -> None:
     with pytest.raises(ValueError, match=r"peft.scales=\[1, 2\] has 2 entries, but peft.num_experts=8"):
-        method(scales=[1, 2])
+        method(num_experts=8, scales=[1, 2])
+    assert list(method(scales=[1, 2]).expert_scales) == [1, 2]
+    assert list(method().expert_scales) == list(range(1, 9))
     for bad in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=r"peft.scales=.* must be positive numbers"):
             method(scales=[1, bad], num_experts=2)
