@@ -180,7 +180,7 @@ def test_ablations_of_the_paper_are_conv_lora_without_a_gate() -> None:
         instantiate(compose("train", f"peft={name}").peft, _convert_="all")
         for name in ("multi_scale", "fixed_scale")
     )
-    assert multi == ConvLoRA(gate=Uniform(), targets=["qkv"])
+    assert multi == ConvLoRA(gate=Uniform(), targets=["qkv"], num_experts=8)
     assert fixed == ConvLoRA(gate=Uniform(), targets=["qkv"], num_experts=1, scales=[2])
 
 
