@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convlora import evaluate, predict, train
+from convlora.data.sets.synthetic import Synthetic
 from convlora.peft.conv_lora import ConvLoRA, Routed
 from convlora.peft.gating import NoisyTopK
 from convlora.routing import entropy, locate, routed_layers, shares
@@ -79,6 +80,12 @@ def test_a_run_tells_how_its_test_images_were_routed(cli: Commands) -> None:
     assert [int(row["maps"]) for row in layers] == [images * windows, images]
     by_image = rows("run/routing_images.csv")
     assert [row["image"] for row in by_image] == [row["image"] for row in rows("run/images.csv")]
+    octaves = [sum(float(row[f"expert_{s}_scale_{s}"]) * np.log2(s) for s in (1, 2, 3, 4)) for row in layers]
+    by_images = np.mean([np.log2(float(row["mean_scale"])) for row in by_image])
+    assert by_images == pytest.approx(np.mean(octaves), abs=1e-6)  # all images have as many maps
+    scenes = Synthetic(train_size=10, val_size=3, test_size=5, size=48, class_names=["object"])
+    masks = [scenes.read(pair)[1] for pair in scenes.pairs("test")]
+    assert [float(row["object_share"]) for row in by_image] == pytest.approx([mask.mean() for mask in masks])
     logged = EventAccumulator("run/tensorboard").Reload()
     assert {event.step for event in logged.Scalars("routing/blocks.0.attn.qkv")} == {2, 4}
     assert [event.step for event in logged.Images("train/routing")] == [2, 4]

@@ -102,7 +102,7 @@ class Switch(Gate):
         check_balance(self.balance)
 
     def build(self, channels: int, num_experts: int) -> "SwitchGate":
-        """Return a gate that chooses at random from the start."""
+        """Return a gate of random weights, by which maps differ in their expert from the start."""
         return SwitchGate(channels, num_experts, self.sees, self.balance, self.schedule)
 
 
@@ -146,7 +146,7 @@ class Uniform(Gate):
         return UniformGate(num_experts)
 
 
-class BalancedGate(HasAuxLoss):
+class BalancedGate(HasAuxLoss, ABC):
     """A gate that sees the maps and may be kept from preferring few experts.
 
     Always computes in float32, since half precision makes the routing overflow.
@@ -174,9 +174,9 @@ class BalancedGate(HasAuxLoss):
         with torch.autocast(z.device.type, enabled=False):
             return self.route(features_of(z.float(), self.sees))
 
+    @abstractmethod
     def route(self, features: Tensor) -> Routes:
         """Route maps by their features [n, f] in float32, and record the balance loss in training."""
-        raise NotImplementedError
 
 
 class NoisyTopKGate(BalancedGate):

@@ -29,8 +29,10 @@ class FusedAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).flatten(1, 2).chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
+        width = x.shape[-1]
+        # fused kernels take heads of a multiple of 8 channels
+        q, k, v = (F.pad(t, (0, -width % 8))[:, None] for t in self.qkv(x).flatten(1, 2).chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=width**-0.5)[..., :width]
         out: Tensor = self.proj(attended.reshape(x.shape))
         return out
 

@@ -60,7 +60,7 @@ class PromptedEncoder(Adapted):
 def high_frequencies(images: Tensor, mask_ratio: float) -> Tensor:
     """Return images [n, c, h, w] without the square of low frequencies that covers `mask_ratio` of all.
 
-    The paper does not say whether its filter keeps the sign; here it does.
+    What is left keeps its sign.
     """
     h, w = images.shape[-2:]
     with torch.autocast(images.device.type, enabled=False):  # half precision has no FFT of all sizes

@@ -128,10 +128,15 @@ def test_shallow_prompts_cannot_jump(tiny: SamViT) -> None:
 
 
 def test_shallow_prompts_pass_through_the_blocks_named(tiny: SamViT) -> None:
-    encoder = ShallowPrompts(blocks=[-2, 1]).inject(replace(tiny, depth=4).build().image_encoder)
+    encoder = ShallowPrompts(blocks=[-2, 1]).inject(build(replace(tiny, depth=4)))
     assert [name for name, _ in encoder.named_parameters() if "prompts" in name] == ["blocks.1.prompts"]
-    assert encoder(torch.randn(1, 3, 32, 32)).isfinite().all()
-    assert not hasattr(encoder.blocks[3], "base")
+    images = torch.randn(2, 3, 32, 32)
+    x = encoder.blocks[0](encoder.patch_embed(images) + encoder.pos_embed)
+    prompts = encoder.blocks[1].prompts.expand(2, -1, -1)
+    for block in encoder.blocks[1:3]:
+        x, prompts = literal(block.base, x, prompts)
+    expected = encoder.neck(encoder.blocks[3](x).permute(0, 3, 1, 2))
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_no_prompts_are_refused() -> None:
