@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -65,36 +65,49 @@ def hold(folder: Path, size: int, began: Callable[[], bool]) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / ".lock"
     made += [] if path.exists() else [path]
+    kept = set(folder.iterdir()) if folder.is_dir() else set()
+    try:  # from before anything is made, since a signal may come at any moment
+        with _lock(folder, path) as lock:
+            kept = set(folder.iterdir()) - set(made)
+            lock.truncate(0)
+            lock.write(
+                f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M')}"
+            )
+            lock.flush()
+            check_room(folder, size)
+            yield
+    except InUseError:
+        raise
+    except BaseException:
+        if not began():
+            for path in {folder / name for name in OWN} - kept:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            remove_empty(made)
+        raise
+
+
+class InUseError(OSError):
+    """Another process holds the run folder."""
+
+
+def _lock(folder: Path, path: Path) -> IO[str]:
+    """Make a run folder and return its lock file, held until it is closed; raises what `hold` does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         lock = path.open("a+")
     except OSError as error:
-        remove_empty(made)
         raise OSError(f"cannot write to the run folder {folder} ({error}); choose another run_dir") from error
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            lock.seek(0)
-            raise OSError(
-                f"{folder} is in use by {lock.read().strip() or 'another process'}; wait until it has ended, "
-                "stop it, or choose another run_dir"
-            ) from error
-        kept = set(folder.iterdir()) - set(made)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M')}")
-        lock.flush()
-        try:
-            check_room(folder, size)
-            yield
-        except BaseException:
-            if not began():
-                for path in {folder / name for name in OWN} - kept:
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-                remove_empty(made)
-            raise
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        lock.seek(0)
+        raise InUseError(
+            f"{folder} is in use by {lock.read().strip() or 'another process'}; wait until it has ended, "
+            "stop it, or choose another run_dir"
+        ) from error
+    return lock
 
 
 def check_room(folder: Path, size: int) -> None:

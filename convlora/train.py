@@ -82,10 +82,10 @@ def train(config: TrainConfig) -> float | None:
     announce(config, parts, folder, trainer)
     with ExitStack() as stack:
         stack.enter_context(run.interruptible())
-        if trainer.is_global_zero:
-            size = run.count(parts.outline, trainable=True)
-            stack.enter_context(run.hold(folder, size, lambda: trainer.global_step > 0))
         try:
+            if trainer.is_global_zero:
+                size = run.count(parts.outline, trainable=True)
+                stack.enter_context(run.hold(folder, size, lambda: trainer.global_step > 0))
             if config.resume is None:  # nor has another been here since
                 run.check_unused(folder)
             return fit_and_test(config, parts, folder, trainer)

@@ -1,6 +1,7 @@
 """A run that was stopped and goes on is the run that was never stopped."""
 
 import csv
+import fcntl
 import json
 import os
 import random
@@ -192,6 +193,19 @@ def test_a_run_stopped_before_its_first_step_leaves_nothing(tmp_path: Path) -> N
     assert done.code > 0
     assert "no epoch had ended" in done.out
     assert "Traceback" not in done.err + done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_stopped_while_it_takes_its_lock_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "lockf", interrupted)
+    hold = run.hold(tmp_path / "new/run", 1, lambda: False)
+    with pytest.raises(KeyboardInterrupt):
+        hold.__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
