@@ -15,8 +15,9 @@ import yaml
 from scipy import ndimage
 
 from benchmarks.measure import alternate, ratio, report
-from convlora.build import CONF, make
+from convlora.build import CONF
 from convlora.metrics.scores import Scores
+from convlora.schema import make
 
 SIZES = ((264, 352), (768, 1024))  # height and width, px
 CAMO = 248  # images

@@ -18,13 +18,14 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import MEBIBYTE, alternate, default_device, memory, ratio, report, warm_heap
-from convlora.build import CONF, Config
+from convlora.build import CONF
 from convlora.losses import StructureLoss
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.lora import LoRA
 from convlora.peft.method import Method, aux_loss
 from convlora.peft.selective import DecoderOnly
 from convlora.sam.zoo import Backbone, hold_frozen
+from convlora.schema import Config
 from convlora.segmenter import Segmenter
 from tests.literal import as_released
 

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from convlora.build import (
     CONF,
-    Config,
     check_precision,
     is_half,
-    make,
     make_segmenter,
     say_precision,
 )
@@ -26,6 +24,7 @@ from convlora.data.transforms import Resize
 from convlora.draw import colors_of
 from convlora.inference import Predictor
 from convlora.run import BEST, in_shell
+from convlora.schema import Config, make
 from convlora.segmenter import Segmenter
 from convlora.task import check_agreement
 

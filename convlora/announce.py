@@ -9,9 +9,10 @@ import torch
 from lightning import Trainer
 from rich.console import Console
 
-from convlora.build import Config, Parts, missing_devices
+from convlora.build import Parts, missing_devices
 from convlora.data.module import SegmentationDataModule, Split
 from convlora.run import count
+from convlora.schema import Config
 
 COLUMNS, LABEL = 100, 16  # of a terminal, and of what stands before each line
 console = Console(highlight=False, soft_wrap=True, markup=False)

@@ -24,8 +24,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from convlora.build import CONF, check_keys, resolve, suggest
+from convlora.build import CONF
 from convlora.run import assign
+from convlora.schema import check_keys, resolve, suggest
 
 T = TypeVar("T")
 

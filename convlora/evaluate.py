@@ -7,11 +7,12 @@ import torch
 from rich.console import Console
 
 from convlora import adapter, run
-from convlora.build import Config, check_classes, make, make_loss, make_test_sets, make_trainer
+from convlora.build import check_classes, make_loss, make_test_sets, make_trainer
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
 from convlora.cli import command, refuse_idle
 from convlora.data.module import SegmentationDataModule
 from convlora.routing import Routing
+from convlora.schema import Config, make
 from convlora.task import SegmentationTask
 
 

@@ -13,11 +13,12 @@ from rich.progress import track
 from rich.table import Table
 
 from convlora import draw
-from convlora.build import Config, make, make_test_sets
+from convlora.build import make_test_sets
 from convlora.cli import command
 from convlora.data.check import Facts, Finding, Place, examine, judge, list_places, summarise
 from convlora.data.module import Pair, SegmentationDataModule
 from convlora.fetch import fetch, unpack
+from convlora.schema import Config, make
 
 SHEET = 24  # images of a contact sheet
 SHEET_SIDE = 320  # px, of the longest side of each

@@ -75,7 +75,7 @@ class SegmentationTask(LightningModule):
         self.segmenter.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed the gate's noise by the position in training, so that a resumed run draws the same."""
+        """Seed gates' noise and dropout by the position in training, so that a resumed run draws the same."""
         if batch_idx % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._refuse_infinite()
         position = [self.seed, self.current_epoch, batch_idx, self.global_rank]

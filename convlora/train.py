@@ -11,7 +11,7 @@ from rich.console import Console
 
 from convlora import adapter, run
 from convlora.announce import announce, devices_of
-from convlora.build import Config, Parts, make, make_parts, make_segmenter, make_trainer, match_width
+from convlora.build import Parts, make_parts, make_segmenter, make_trainer, match_width
 from convlora.callbacks import Overlays, finish_wandb, make_progress, render_scores, test_each
 from convlora.checkpoint import (
     RunCheckpoint,
@@ -22,6 +22,7 @@ from convlora.checkpoint import (
     read_checkpoint,
 )
 from convlora.cli import command, given_overrides
+from convlora.schema import Config, make
 from convlora.task import SegmentationTask
 
 console = Console(highlight=False, soft_wrap=True)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from convlora import IGNORED
-from convlora.build import make
 from convlora.metrics.scores import Scores
+from convlora.schema import make
 
 Array = NDArray[np.uint8]
 Image = tuple[Array, NDArray[np.bool_]]

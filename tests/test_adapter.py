@@ -7,8 +7,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from convlora import adapter
-from convlora.build import make, make_segmenter
+from convlora.build import make_segmenter
 from convlora.data.sets.synthetic import Synthetic
+from convlora.schema import make
 
 MODEL = {
     "_target_": "convlora.sam.zoo.SamViT", "name": "tiny", "embed_dim": 16, "depth": 2, "num_heads": 2,

@@ -5,12 +5,13 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from convlora.build import check_trained_dtype, make
+from convlora.build import check_trained_dtype
 from convlora.peft.dora import DoRA
 from convlora.peft.method import Method
 from convlora.peft.selective import BitFit, Full, NormTuning
 from convlora.peft.ssf import SSF
 from convlora.sam.zoo import SamViT, load_backbone
+from convlora.schema import make
 from convlora.segmenter import Segmenter
 
 GATE = {"_target_": "convlora.peft.gating.NoisyTopK", "top_k": 2}

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from convlora import IGNORED
-from convlora.build import make
 from convlora.losses import (
     NEIGHBOURHOOD,
     BalancedBceLoss,
@@ -17,6 +16,7 @@ from convlora.losses import (
     StructureLoss,
     local_mean,
 )
+from convlora.schema import make
 
 FILES = sorted(path.stem for path in (ROOT / "conf/loss").glob("*.yaml"))
 each_loss = pytest.mark.parametrize("name", FILES)

@@ -101,9 +101,14 @@ def test_a_run_tells_how_its_test_images_were_routed(cli: Commands) -> None:
     assert Image.open("masks/routing/image.png").size[0] > 100
 
 
-def test_a_method_without_experts_leaves_no_routing(cli: Commands) -> None:
-    assert cli(train, *SMALL, "trainer.max_epochs=1", "logger=csv", "peft=lora", "run_dir=run").code == 0
-    assert not list(Path("run").glob("routing*"))
+@pytest.mark.parametrize(("method", "experts"), [("lora", False), ("multi_scale", True)])
+def test_where_no_gate_chooses_there_are_no_choices_to_show(
+    cli: Commands, method: str, experts: bool
+) -> None:
+    small = (*SMALL, "trainer.max_epochs=1", "logger=csv", "run_dir=run")
+    assert cli(train, *small, f"peft={method}").code == 0
+    assert Path("run/routing.csv").exists() == experts
     Image.new("RGB", (40, 30)).save("image.png")
     refused = cli(predict, "checkpoint=run", "input=image.png", "output=masks", "routing=true")
-    assert refused.err.startswith("error: routing=true is for adapters of methods with experts")
+    assert "in run no gate chooses by the image; leave it out" in refused.err
+    assert not Path("masks").exists()

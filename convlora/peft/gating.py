@@ -49,26 +49,43 @@ class Gate(ABC):
         """
 
 
-@dataclass(frozen=True)
-class NoisyTopK(Gate):
-    """The released Conv-LoRA's gate.
+@dataclass(frozen=True, kw_only=True)
+class Balanced(Gate):
+    """A gate that sees the maps and may be kept from preferring few experts.
 
     Args:
-        top_k: experts kept per map, from 1 to their number.
         sees: `mean` of a map's tokens, or `spread`, mean and standard deviation.
         balance: weight of the balance loss; 0 switches it off.
         schedule: of that weight: `constant`, or `linear`, which falls to 0 over the training.
     """
 
-    top_k: int = 1
     sees: Sees = "mean"
     balance: float = BALANCE_WEIGHT
     schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
+        if not self.balance >= 0:
+            raise ValueError(f"peft.gate.balance={self.balance} must be at least 0; 0 switches the loss off")
+
+    def num_features(self, channels: int) -> int:
+        """Return how many numbers it sees of a map."""
+        return 2 * channels if self.sees == "spread" else channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyTopK(Balanced):
+    """The released Conv-LoRA's gate.
+
+    Args:
+        top_k: experts kept per map, from 1 to their number.
+    """
+
+    top_k: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.top_k < 1:
             raise ValueError(f"peft.gate.top_k={self.top_k} must be at least 1")
-        check_balance(self.balance)
         if self.balance == 0 and self.top_k == 1:
             raise ValueError(
                 "peft.gate.balance=0 leaves a gate of top_k=1 nothing to learn; set peft.gate.top_k=2, or "
@@ -81,51 +98,27 @@ class NoisyTopK(Gate):
             raise ValueError(
                 f"peft.gate.top_k={self.top_k} must lie between 1 and peft.num_experts={num_experts}"
             )
-        return NoisyTopKGate(channels, num_experts, self.top_k, self.sees, self.balance, self.schedule)
+        return NoisyTopKGate(self, channels, num_experts)
 
 
-@dataclass(frozen=True)
-class Switch(Gate):
-    """The Switch Transformer's gate: one expert for each map, weighted by its probability.
-
-    Args:
-        sees: `mean` of a map's tokens, or `spread`, mean and standard deviation.
-        balance: weight of the balance loss; 0 switches it off.
-        schedule: of that weight: `constant`, or `linear`, which falls to 0 over the training.
-    """
-
-    sees: Sees = "mean"
-    balance: float = BALANCE_WEIGHT
-    schedule: Schedule = "constant"
-
-    def __post_init__(self) -> None:
-        check_balance(self.balance)
+@dataclass(frozen=True, kw_only=True)
+class Switch(Balanced):
+    """The Switch Transformer's gate: one expert for each map, weighted by its probability."""
 
     def build(self, channels: int, num_experts: int) -> "SwitchGate":
         """Return a gate of random weights, by which maps differ in their expert from the start."""
-        return SwitchGate(channels, num_experts, self.sees, self.balance, self.schedule)
+        return SwitchGate(self, channels, num_experts)
 
 
-@dataclass(frozen=True)
-class Soft(Gate):
-    """Every expert for every map, weighted by a softmax of what the gate sees of the map.
+@dataclass(frozen=True, kw_only=True)
+class Soft(Balanced):
+    """Every expert for every map, weighted by a softmax of what the gate sees of the map."""
 
-    Args:
-        sees: `mean` of a map's tokens, or `spread`, mean and standard deviation.
-        balance: weight of the balance loss; 0 switches it off.
-        schedule: of that weight: `constant`, or `linear`, which falls to 0 over the training.
-    """
-
-    sees: Sees = "mean"
     balance: float = 0.0
-    schedule: Schedule = "constant"
-
-    def __post_init__(self) -> None:
-        check_balance(self.balance)
 
     def build(self, channels: int, num_experts: int) -> "SoftGate":
         """Return a gate that weights all experts alike."""
-        return SoftGate(channels, num_experts, self.sees, self.balance, self.schedule)
+        return SoftGate(self, channels, num_experts)
 
 
 @dataclass(frozen=True)
@@ -147,24 +140,22 @@ class Uniform(Gate):
 
 
 class BalancedGate(HasAuxLoss, ABC):
-    """A gate that sees the maps and may be kept from preferring few experts.
+    """One layer's gate that sees the maps; it may record a balance loss.
 
     Always computes in float32, since half precision makes the routing overflow.
 
     Args:
-        sees: `mean` of a map's tokens, or `spread`, mean and standard deviation.
-        balance: weight of the balance loss; at 0 none is recorded.
-        schedule: of that weight over the training.
+        recipe: what it sees, and how its experts are balanced.
 
     Attributes:
-        aux_loss: balance loss of the last forward pass in training.
+        aux_loss: balance loss of the last forward pass in training; none is recorded of weight 0.
     """
 
-    def __init__(self, sees: Sees, balance: float, schedule: Schedule):
+    def __init__(self, recipe: Balanced):
         super().__init__()
-        self.sees = sees
-        self.balance = balance
-        self.schedule = schedule
+        self.sees = recipe.sees
+        self.balance = recipe.balance
+        self.schedule = recipe.schedule
 
     def aux_weight(self, progress: float) -> float:
         return 1 - progress if self.schedule == "linear" else 1.0
@@ -186,27 +177,16 @@ class NoisyTopKGate(BalancedGate):
     balance loss alone, which is how the published Conv-LoRA was trained. Noise in training only.
 
     Args:
+        recipe: its settings.
         channels: of the maps.
         num_experts: to choose from.
-        top_k: experts kept per map.
-        sees: what of a map the gate sees.
-        balance: weight of the balance loss.
-        schedule: of that weight over the training.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        num_experts: int,
-        top_k: int,
-        sees: Sees = "mean",
-        balance: float = BALANCE_WEIGHT,
-        schedule: Schedule = "constant",
-    ):
-        super().__init__(sees, balance, schedule)
-        self.top_k = top_k
-        self.weight = nn.Parameter(torch.zeros(num_features(channels, sees), num_experts))
-        self.noise_weight = nn.Parameter(torch.zeros(num_features(channels, sees), num_experts))
+    def __init__(self, recipe: NoisyTopK, channels: int, num_experts: int):
+        super().__init__(recipe)
+        self.top_k = recipe.top_k
+        self.weight = nn.Parameter(torch.zeros(recipe.num_features(channels), num_experts))
+        self.noise_weight = nn.Parameter(torch.zeros(recipe.num_features(channels), num_experts))
 
     def route(self, features: Tensor) -> Routes:
         clean = features @ self.weight.float()
@@ -232,16 +212,14 @@ class SwitchGate(BalancedGate):
     the maps that expert i got and P_i its mean probability.
 
     Args:
+        recipe: its settings.
         channels: of the maps.
         num_experts: E.
-        sees: what of a map the gate sees.
-        balance: weight of the balance loss.
-        schedule: of that weight over the training.
     """
 
-    def __init__(self, channels: int, num_experts: int, sees: Sees, balance: float, schedule: Schedule):
-        super().__init__(sees, balance, schedule)
-        features = num_features(channels, sees)
+    def __init__(self, recipe: Switch, channels: int, num_experts: int):
+        super().__init__(recipe)
+        features = recipe.num_features(channels)
         # weights of zero would send every map to expert 0
         self.weight = nn.Parameter(torch.randn(features, num_experts) * math.sqrt(0.1 / features))
 
@@ -258,16 +236,14 @@ class SoftGate(BalancedGate):
     """Weights all experts by a softmax; the balance loss is balance * CV^2(importance).
 
     Args:
+        recipe: its settings.
         channels: of the maps.
         num_experts: to weight.
-        sees: what of a map the gate sees.
-        balance: weight of the balance loss.
-        schedule: of that weight over the training.
     """
 
-    def __init__(self, channels: int, num_experts: int, sees: Sees, balance: float, schedule: Schedule):
-        super().__init__(sees, balance, schedule)
-        self.weight = nn.Parameter(torch.zeros(num_features(channels, sees), num_experts))
+    def __init__(self, recipe: Soft, channels: int, num_experts: int):
+        super().__init__(recipe)
+        self.weight = nn.Parameter(torch.zeros(recipe.num_features(channels), num_experts))
 
     def route(self, features: Tensor) -> Routes:
         gates = (features @ self.weight.float()).softmax(dim=1)
@@ -309,19 +285,8 @@ class UniformGate(nn.Module):
         return to_all(torch.full(shape, 1 / self.num_experts, dtype=torch.float32, device=z.device))
 
 
-def check_balance(balance: float) -> None:
-    """Refuse a negative weight of the balance loss; raises ValueError."""
-    if not balance >= 0:
-        raise ValueError(f"peft.gate.balance={balance} must be at least 0; 0 switches the loss off")
-
-
-def num_features(channels: int, sees: Sees) -> int:
-    """Return how many numbers a gate sees of a map."""
-    return 2 * channels if sees == "spread" else channels
-
-
 def features_of(z: Tensor, sees: Sees) -> Tensor:
-    """Return what a gate sees of maps [n, h, w, channels]: [n, num_features]."""
+    """Return what a gate sees of maps [n, h, w, channels]: as many numbers as `num_features` says."""
     mean = z.mean(dim=(1, 2))
     if sees == "mean":
         return mean

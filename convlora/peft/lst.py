@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
 
 from convlora.peft.method import Adapted, BlockMethod, transformer_blocks, zeroed
+from convlora.sam.blocks import walk
 
 TEMPERATURE = 0.1  # of the gates
 
@@ -87,36 +87,16 @@ class LadderEncoder(Adapted):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [n, 3, s, s] to embeddings as the frozen encoder does."""
-        steps = walk(self.base, images)
-        first = min(int(index) for index in self.rungs)
-        state = self.down(steps[first][0])
-        for index, rung in self.rungs.items():
-            state = rung(state, steps[int(index)][1])
-        x = steps[-1][1]
+        first = next(iter(self.rungs))
+        for index, (before, x) in enumerate(walk(self.base, images)):
+            if str(index) == first:
+                state = self.down(before)
+            if str(index) in self.rungs:
+                state = self.rungs[str(index)](state, x)
         x = x + self.up(resample(state, x))
         encoder: Any = self.base
         embeddings: Tensor = encoder.neck(x.permute(0, 3, 1, 2))
         return embeddings
-
-
-def walk(encoder: Any, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the tokens [n, h, w, c] that enter and that leave each transformer block."""
-    steps = []
-    if isinstance(encoder, ImageEncoderViT):
-        x = encoder.patch_embed(images) + encoder.pos_embed
-        for block in encoder.blocks:
-            steps.append((x, block(x)))
-            x = steps[-1][1]
-        return steps
-    convolutions, *stages = encoder.stages
-    x = convolutions(encoder.patch_embed(images.contiguous(memory_format=torch.channels_last)))
-    for stage in stages:
-        x = stage.downsample(x).permute(0, 2, 3, 1)
-        for block in stage.blocks:
-            steps.append((x, block(x)))
-            x = steps[-1][1]
-        x = x.permute(0, 3, 1, 2)
-    return steps
 
 
 def resample(state: Tensor, like: Tensor) -> Tensor:

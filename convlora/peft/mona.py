@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.image_encoder import window_partition, window_unpartition
-from timm.models.tiny_vit import TinyVitBlock
 from torch import Tensor, nn
 
 from convlora.peft.method import Adapted, BlockMethod, transformer_blocks, zeroed
+from convlora.sam.blocks import attention_half, mlp_half
 
 KERNELS = (3, 5, 7)
 
@@ -69,30 +68,6 @@ class MonaBlock(Adapted):
         x = self.after_attention(attention_half(self.base, x))
         y: Tensor = self.after_mlp(mlp_half(self.base, x))
         return y
-
-
-def attention_half(block: Any, x: Tensor) -> Tensor:
-    """Return what a block's MLP half starts from: tokens [n, h, w, c] after attention and its residual.
-
-    TinyViT's convolution between attention and MLP belongs to it.
-    """
-    if isinstance(block, TinyVitBlock):  # its attention has a norm of its own and sees windows [n, l, c]
-        windows, padded = window_partition(x, block.window_size)
-        attended = block.attn(windows.flatten(1, 2)).view(windows.shape)
-        x = x + window_unpartition(attended, block.window_size, padded, x.shape[1:3])
-        convolved: Tensor = block.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return convolved
-    tokens = block.norm1(x)
-    if block.window_size == 0:
-        return x + block.attn(tokens)  # type: ignore[no-any-return]
-    windows, padded = window_partition(tokens, block.window_size)
-    return x + window_unpartition(block.attn(windows), block.window_size, padded, x.shape[1:3])  # type: ignore[no-any-return]
-
-
-def mlp_half(block: Any, x: Tensor) -> Tensor:
-    """Return tokens [n, h, w, c] after the MLP and its residual."""
-    y: Tensor = x + block.mlp(x if isinstance(block, TinyVitBlock) else block.norm2(x))
-    return y
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ class PromptedEncoder(Adapted):
 def high_frequencies(images: Tensor, mask_ratio: float) -> Tensor:
     """Return images [n, c, h, w] without the square of low frequencies that covers `mask_ratio` of all.
 
-    What is left keeps its sign.
+    What is left loses its sign, as in the authors' code.
     """
     h, w = images.shape[-2:]
     with torch.autocast(images.device.type, enabled=False):  # half precision has no FFT of all sizes
@@ -69,7 +69,7 @@ def high_frequencies(images: Tensor, mask_ratio: float) -> Tensor:
         rows = torch.fft.fftfreq(h, 1 / h, device=images.device).abs()
         columns = torch.fft.rfftfreq(w, 1 / w, device=images.device)
         low = (rows < half)[:, None] & (columns < half)
-        details: Tensor = torch.fft.irfft2(spectrum * ~low, s=(h, w))
+        details: Tensor = torch.fft.irfft2(spectrum * ~low, s=(h, w)).abs()
     return details.to(images.dtype)
 
 

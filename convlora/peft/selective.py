@@ -56,7 +56,10 @@ class NormTuning(Selective):
 
 @dataclass(frozen=True)
 class Full(Selective):
-    """The whole image encoder learns, its tables of positions too; it stays in evaluation mode."""
+    """The whole image encoder learns, its tables of positions too, which decay like its matrices.
+
+    It stays in evaluation mode.
+    """
 
     def choose(self, encoder: nn.Module) -> Iterable[nn.Parameter]:
         return encoder.parameters()

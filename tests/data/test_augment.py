@@ -11,7 +11,7 @@ from conftest import ROOT
 from numpy.typing import NDArray
 
 from convlora import IGNORED
-from convlora.build import make
+from convlora.schema import make
 
 FILES = sorted(path.stem for path in (ROOT / "conf/augment").glob("*.yaml"))
 GREY = 60  # by which class ids become an image

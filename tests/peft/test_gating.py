@@ -11,7 +11,6 @@ from convlora.peft.gating import (
     Gate,
     Layer,
     NoisyTopK,
-    NoisyTopKGate,
     Routes,
     Soft,
     Switch,
@@ -155,7 +154,7 @@ def test_probability_of_staying_chosen_equals_simulation() -> None:
 
 
 def test_noise_only_in_training() -> None:
-    gate = NoisyTopKGate(3, 6, top_k=2)
+    gate = NoisyTopK(top_k=2).build(3, 6)
     torch.nn.init.normal_(gate.weight)
     z = torch.randn(64, 4, 4, 3)
     assert torch.equal(gate.eval()(z).gates, gate(z).gates)
@@ -163,7 +162,7 @@ def test_noise_only_in_training() -> None:
 
 
 def test_balance_loss_only_in_training() -> None:
-    gate = NoisyTopKGate(3, 6, top_k=2).eval()
+    gate = NoisyTopK(top_k=2).build(3, 6).eval()
     gate(torch.randn(8, 4, 4, 3))
     assert not hasattr(gate, "aux_loss")
     gate.train()(torch.randn(8, 4, 4, 3))
@@ -194,7 +193,7 @@ def test_task_gradient_reaches_the_gate(recipe: Gate, reaches: bool | None) -> N
 
 
 def test_one_expert_has_nothing_to_balance() -> None:
-    gate = NoisyTopKGate(3, 1, top_k=1).train()
+    gate = NoisyTopK().build(3, 1).train()
     assert torch.equal(gate(torch.randn(5, 4, 4, 3)).gates, torch.ones(5, 1))
     assert gate.aux_loss == 0
 

@@ -10,10 +10,10 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 
-from convlora.build import make
 from convlora.data.loading import Loading
 from convlora.data.module import SPLITS, SegmentationDataModule, Source
 from convlora.data.transforms import SquareResize
+from convlora.schema import make
 
 NAMES = sorted(path.stem for path in (ROOT / "conf/dataset").glob("*.yaml"))
 SIZES = {"train": 5, "val": 2, "test": 3}
