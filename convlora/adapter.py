@@ -125,7 +125,7 @@ def load(
             f"device={device} or precision={adapter.precision} cannot be used ({reason}); use device=auto, "
             "cpu or cuda, and precision=32-true, bf16-mixed or 16-mixed"
         ) from error
-    say_precision(adapter.precision, str(fabric._precision.precision))
+    say_precision(adapter.precision, str(fabric._precision.precision), fabric.device)
     return Predictor(segmenter, adapter.resize, adapter.class_colors, fabric.autocast)
 
 

@@ -252,7 +252,8 @@ def make_trainer(config: Config, callbacks: Sequence[Callback], **given: Any) ->
         **given,
     )
     if trainer.is_global_zero:
-        say_precision(str(given.get("precision", config["precision"])), str(trainer.precision))
+        wanted = str(given.get("precision", config["precision"]))
+        say_precision(wanted, str(trainer.precision), trainer.strategy.root_device)
     return trainer
 
 
@@ -326,10 +327,16 @@ def check_precision(key: str, precision: str) -> None:
         raise ValueError(f"{key}={precision} rounds what is trained; set bf16-mixed")
 
 
-def say_precision(wanted: str, taken: str) -> None:
-    """Tell a user whose device does not compute in the precision that was asked for."""
+def say_precision(wanted: str, taken: str, device: torch.device) -> None:
+    """Tell a user whose device does not compute in the precision that was asked for, or does so slowly."""
     if wanted.startswith("16") and taken.startswith("bf16"):
         log.warning("precision=%s is for GPUs; the CPU computes in %s", wanted, taken)
+    if is_half(taken) and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        log.warning(
+            "precision=%s is many times slower on this CPU, which has no instructions for it; "
+            "32-true is the fast one here",
+            taken,
+        )
 
 
 def check_frozen_dtype(model: Config, precision: str) -> None:

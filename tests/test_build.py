@@ -2,10 +2,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
-from convlora.build import check_trained_dtype
+from convlora.build import check_trained_dtype, say_precision
 from convlora.peft.dora import DoRA
 from convlora.peft.method import Method
 from convlora.peft.selective import BitFit, Full, NormTuning
@@ -80,3 +81,25 @@ def test_every_config_file_is_short_and_explained(path: Path) -> None:
     assert len(text.splitlines()) <= 20
     if "@package _global_" not in text and path.parent.name != "callbacks":
         assert yaml.safe_load(text).keys() & {"_target_", "defaults"}
+
+
+@pytest.mark.parametrize(
+    ("supported", "device", "precision", "is_said"),
+    [
+        (False, "cpu", "bf16-mixed", True),
+        (False, "cpu", "32-true", False),
+        (False, "cuda", "bf16-mixed", False),
+        (True, "cpu", "bf16-mixed", False),
+    ],
+)
+def test_a_cpu_without_half_precision_instructions_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    supported: bool,
+    device: str,
+    precision: str,
+    is_said: bool,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    say_precision(precision, precision, torch.device(device))
+    assert ("32-true is the fast one here" in caplog.text) == is_said
