@@ -86,11 +86,11 @@ def backbone(setting: Setting) -> Backbone:
     return replace(made, image_size=setting.image_size, activation_checkpointing=setting.checkpointing)
 
 
-def make_step(setting: Setting, name: str) -> Callable[[], Any]:
-    """Return the training step of one form, less the optimiser's."""
+def make_step(setting: Setting, method: Method, released: bool = False) -> Callable[[], Any]:
+    """Return a method's training step, less the optimiser's; Conv-LoRA's perhaps as its authors run it."""
     torch.manual_seed(0)
-    segmenter = Segmenter(backbone(setting).build(), METHODS[name]).train()
-    if name == "released":
+    segmenter = Segmenter(backbone(setting).build(), method).train()
+    if released:
         as_released(segmenter.image_encoder)
     elif setting.precision == "bf16":
         hold_frozen(segmenter.image_encoder, "bfloat16")
@@ -116,7 +116,7 @@ def memory_on_cpu(setting: Setting, name: str) -> float:
 
 
 def _memory_of_process(setting: Setting, name: str) -> float:
-    step = make_step(setting, name)
+    step = make_step(setting, METHODS[name], name == "released")
     for _ in range(2):
         step()
     return memory("VmHWM")
@@ -124,7 +124,8 @@ def _memory_of_process(setting: Setting, name: str) -> float:
 
 def on_cpu(setting: Setting, names: list[str], rounds: int) -> list[dict[str, Any]]:
     """Measure the forms in turn."""
-    taken = alternate({name: make_step(setting, name) for name in names}, rounds, "cpu")
+    steps = {name: make_step(setting, METHODS[name], name == "released") for name in names}
+    taken = alternate(steps, rounds, "cpu")
     rows = []
     for name in names:
         row = {"form": name, "s": statistics.median(taken[name]), "MiB": memory_on_cpu(setting, name)}
@@ -140,7 +141,7 @@ def on_gpu(setting: Setting, names: list[str], rounds: int, ceiling: float) -> l
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            step = make_step(setting, name)
+            step = make_step(setting, METHODS[name], name == "released")
             for _ in range(2):
                 step()
             taken = statistics.median(alternate({name: step}, rounds, "cuda")[name])
