@@ -25,8 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from convlora.build import CONF
-from convlora.run import assign
+from convlora.run import RECORD, assign
 from convlora.schema import check_keys, resolve, suggest
+from convlora.sweep import attempt
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ def command(
     job: Callable[[T], Any],
     folder: str | None = None,
     replay: Callable[[str], list[str]] | None = None,
+    rejoin: Callable[[T], Any] | None = None,
 ) -> Callable[[], None]:
     """Return a command-line entry point: compose conf/<config_name>.yaml and call `job(schema(**config))`.
 
@@ -60,6 +62,7 @@ def command(
         job: what is done.
         folder: key of the folder that it writes to; that of a sweep's job is the sweep's.
         replay: returns the arguments of the run in `resume=FOLDER`, which the given ones follow.
+        rejoin: what is done in place of the job by one of a sweep in whose folder a run has been.
     """
 
     def main() -> None:
@@ -67,19 +70,30 @@ def command(
         full = os.environ.get("HYDRA_FULL_ERROR", "0")
 
         def run(cfg: DictConfig) -> Any:
+            def explain(error: Exception) -> str:
+                return _explain(error, full != "0" or not isinstance(error, USER_ERRORS))
+
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                output = HydraConfig.get().runtime.output_dir
+                return attempt(Path(output), lambda: run_job(cfg, output), explain)
             try:
-                _refuse_deleted(cfg)
-                config = check_keys("", schema, resolve(cfg))
-                if folder is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
-                    config[folder] = HydraConfig.get().runtime.output_dir
-                given = [] if folder is None else [assign(folder, config[folder])]
-                # for the processes of further devices, which Lightning starts with the arguments of this one
-                sys.argv[1:] = [*_surroundings(), *HydraConfig.get().overrides.task, *given]
-                return job(schema(**config))
+                return run_job(cfg, None)
             except USER_ERRORS as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN:  # whose other jobs go on
-                    raise
-                sys.exit(_explain(error, full != "0"))  # past hydra, which would add a line of its own
+                sys.exit(explain(error))  # past hydra, which would add a line of its own
+
+        def run_job(cfg: DictConfig, output: str | None) -> Any:
+            _refuse_deleted(cfg)
+            config = check_keys("", schema, resolve(cfg))
+            if folder is not None and output is not None:
+                config[folder] = output
+            given = [] if folder is None else [assign(folder, config[folder])]
+            begun = rejoin is not None and output is not None and (Path(output) / RECORD).is_file()
+            if begun:
+                config["resume"] = output
+                given.append(assign("resume", output))
+            # for the processes of further devices, which Lightning starts with the arguments of this one
+            sys.argv[1:] = [*_surroundings(), *HydraConfig.get().overrides.task, *given]
+            return (rejoin if rejoin is not None and begun else job)(schema(**config))
 
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra hands its exceptions on instead of printing them
         try:

@@ -27,7 +27,7 @@ from convlora.checkpoint import next_epoch, read_checkpoint
 from convlora.segmenter import Segmenter
 
 MEBIBYTE = 2**20
-RECORD, LAST, BEST = "config.yaml", "last.ckpt", "best.ckpt"
+RECORD, LAST, BEST, SUMMARY = "config.yaml", "last.ckpt", "best.ckpt", "summary.json"
 # What a run writes before its first step; all else in its folder is somebody's
 OWN = (RECORD, f"{RECORD}.new", "hparams.yaml", "metrics.csv", "wandb", "tensorboard", ".lock")
 # Settings in which a resumed run may differ: where things lie, and what is shown of them.
@@ -35,6 +35,7 @@ FREE = (
     "command",
     "data_root",
     "run_dir",
+    "sweep_dir",
     "resume",
     "dry_run",
     "dataset.root",

@@ -9,7 +9,7 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
-from convlora import adapter, run
+from convlora import adapter, results, run
 from convlora.announce import announce, devices_of
 from convlora.build import Parts, make_parts, make_segmenter, make_trainer, match_width
 from convlora.callbacks import Overlays, finish_wandb, make_progress, render_scores, test_each
@@ -50,6 +50,7 @@ class TrainConfig:
     match: int | None
     data_root: str
     run_dir: str
+    sweep_dir: str
     resume: str | None
     compile: bool
     dry_run: bool
@@ -61,9 +62,7 @@ def train(config: TrainConfig) -> float | None:
     Returns:
         The best validation score, which a sweep can optimise; None for a dry run.
     """
-    folder = Path(config.resume or config.run_dir)
-    if config.match is not None:
-        config = replace(config, peft=match_width(config))
+    folder, config = Path(config.resume or config.run_dir), settle(config)
     if config.resume is None:
         run.check_unused(folder)
     else:
@@ -100,6 +99,26 @@ def train(config: TrainConfig) -> float | None:
         finally:
             with suppress(RuntimeError):  # torch's, of a loader process that the same signal has ended
                 finish_wandb()
+
+
+def settle(config: TrainConfig) -> TrainConfig:
+    """Return the config with the width of the method that `match` asks for."""
+    return config if config.match is None else replace(config, peft=match_width(config))
+
+
+def rejoin(config: TrainConfig) -> float | None:
+    """Go on with a sweep's run, as `train` does, unless it has ended; returns its best validation score.
+
+    Raises:
+        ValueError: it is another run than these settings make.
+    """
+    folder = Path(config.run_dir)
+    ended = results.read(folder)
+    if ended is None:
+        return train(config)
+    run.check_same_settings(folder, asdict(settle(config)))
+    console.print(f"{folder} has ended before", markup=False)
+    return ended.validation
 
 
 def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer) -> float | None:
@@ -162,7 +181,7 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
             "total_parameters": run.count(task.segmenter),
             **task.facts,
         }
-        run.write_json(folder / "summary.json", summary)
+        run.write_json(folder / run.SUMMARY, summary)
         console.print(render_scores(results))
         console.print(f"adapter: {path}")
     return score
@@ -183,7 +202,7 @@ def replay(folder: str) -> list[str]:
     return command
 
 
-main = command("train", TrainConfig, train, folder="run_dir", replay=replay)
+main = command("train", TrainConfig, train, folder="run_dir", replay=replay, rejoin=rejoin)
 
 if __name__ == "__main__":
     main()

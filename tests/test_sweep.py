@@ -1,0 +1,108 @@
+"""Sweeps: every job is told of, none ends the others, and what was cut off goes on."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, Commands
+from processes import Training
+
+from convlora import results, train
+from convlora.run import LAST, SUMMARY, write_record
+from convlora.sweep import tabulate
+
+JOB = (
+    *SMALL,
+    "logger=csv",
+    "dataset.train_size=4",
+    "dataset.val_size=2",
+    "dataset.test_size=2",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+)
+GRID = ("-m", *JOB, "peft.rank=0,2", "seed=0,1", "sweep_dir=sweep")
+
+
+def rows(path: str) -> list[dict[str, str]]:
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_that_was_killed_goes_on_and_names_what_failed(cli: Commands, tmp_path: Path) -> None:
+    def jobs(name: str) -> list[Path]:
+        return sorted(path.parent for path in (tmp_path / "sweep").glob(f"*/{name}"))
+
+    killed = Training(tmp_path, GRID).until(lambda: len(jobs(SUMMARY)) == 1 and len(jobs(LAST)) == 2)
+    killed.kill()
+    [ended], begun = jobs(SUMMARY), jobs(LAST)
+    kept = {path: path.read_bytes() for path in ended.iterdir() if path.is_file()}
+    epochs = {path: torch.load(path / LAST, weights_only=True)["epoch"] for path in begun}
+
+    done = cli(train, *GRID)
+    assert done.code == 1
+    assert f"{ended} has ended before" in done.out.replace("sweep/", f"{tmp_path}/sweep/")
+    assert {path: path.read_bytes() for path in kept} == kept
+    [cut] = set(begun) - {ended}
+    logged = [row["step"] for row in rows(str(cut / "metrics.csv")) if row["train/loss"]]
+    assert len(logged) == len(set(logged))
+    assert epochs[cut] <= torch.load(cut / LAST, weights_only=True)["epoch"] == 1
+    assert len(jobs(SUMMARY)) == 2
+    assert "2 failed; the same command with sweep_dir=sweep tries them again" in done.out
+    failed = jobs("failed.txt")
+    assert len(failed) == 2
+    for folder in failed:
+        reason = (folder / "failed.txt").read_text().strip()
+        assert reason.startswith("error: peft.rank=0 must be")
+        assert f"failed: sweep/{folder.name}: {reason}" in done.out
+    [row] = rows("sweep/sweep.csv")
+    values = [run.summary["test"]["dice"] for run in results.find(Path("sweep"))]
+    assert (row["runs"], row["score"]) == ("2", "dice")
+    assert float(row["test"]) == pytest.approx(statistics.fmean(values))
+    assert float(row["test_error"]) == pytest.approx(abs(values[0] - values[1]) / 2)
+
+
+def plant(folder: str, validation: float, *arguments: str, mode: str = "max") -> None:
+    """A run that has ended, as far as a table looks at it."""
+    path = Path(folder)
+    path.mkdir(parents=True)
+    write_record(path, list(arguments), {"metrics": {"primary": "dice", "mode": mode}})
+    summary = {"dataset": "synthetic", "test": {"dice": 1 - validation}, "val/dice": validation}
+    (path / SUMMARY).write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize(("mode", "order"), [("max", ["8", "2", ""]), ("min", ["", "2", "8"])])
+def test_the_best_mean_in_validation_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, order: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scores = {"peft.rank=2": (0.5, 0.7), "peft.rank=8": (0.65, 0.75), "trainer.devices=1": (0.1, 0.9)}
+    for setting, values in scores.items():
+        for seed, value in enumerate(values):
+            plant(
+                f"sweep/{setting}{seed}",
+                value,
+                f"++{setting}",
+                f"seed={seed}",
+                "--config-dir=mine",
+                mode=mode,
+            )
+    (Path("sweep") / "begun").mkdir()
+    table = tabulate(Path("sweep"))
+    assert [row["peft.rank"] for row in table] == order
+    assert "seed" not in table[0]
+    by_rank = {row["peft.rank"]: row for row in table}
+    assert by_rank["2"]["validation"] == pytest.approx(0.6)
+    assert by_rank["2"]["validation_error"] == pytest.approx(0.1)
+    assert by_rank["8"]["test"] == pytest.approx(0.3)
+
+
+def test_a_job_in_the_folder_of_another_run_is_refused(cli: Commands) -> None:
+    numbered = ("-m", *JOB, "trainer.max_epochs=1", "sweep_dir=sweep", "hydra.sweep.subdir=${hydra.job.num}")
+    assert cli(train, *numbered, "peft.rank=2").code == 0
+    done = cli(train, *numbered, "peft.rank=3")
+    assert done.code == 1
+    assert "error: resume=" in done.out
+    assert "peft.rank was 2, is 3" in done.out
