@@ -66,10 +66,12 @@ def command(
     """
 
     def main() -> None:
-        _quiet()
+        program, arguments = sys.argv[0], sys.argv[1:]
         full = os.environ.get("HYDRA_FULL_ERROR", "0")
 
         def run(cfg: DictConfig) -> Any:
+            _quiet()
+
             def explain(error: Exception) -> str:
                 return _explain(error, full != "0" or not isinstance(error, USER_ERRORS))
 
@@ -91,8 +93,9 @@ def command(
             if begun:
                 config["resume"] = output
                 given.append(assign("resume", output))
-            # for the processes of further devices, which Lightning starts with the arguments of this one
-            sys.argv[1:] = [*_surroundings(), *HydraConfig.get().overrides.task, *given]
+            # for the processes of further devices, which Lightning starts with the arguments of this one; a
+            # launcher's process has arguments of its own
+            sys.argv[:] = [program, *_surroundings(arguments), *HydraConfig.get().overrides.task, *given]
             return (rejoin if rejoin is not None and begun else job)(schema(**config))
 
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra hands its exceptions on instead of printing them
@@ -115,12 +118,15 @@ def command(
 def given_overrides() -> list[str]:
     """Return the arguments of this job that set a value or choose a file, as a user writes them."""
     given = [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
-    return [*_surroundings(), *(each for each in given if _key(each) not in ("resume", "run_dir"))]
+    return [
+        *_surroundings(sys.argv[1:]),
+        *(each for each in given if _key(each) not in ("resume", "run_dir")),
+    ]
 
 
-def _surroundings() -> list[str]:
-    """Return the options by which hydra finds the files of this command."""
-    given = get_args_parser().parse_args(sys.argv[1:])
+def _surroundings(arguments: Sequence[str]) -> list[str]:
+    """Return the options by which hydra finds the files of a command."""
+    given = get_args_parser().parse_intermixed_args(arguments)
     folder = [] if given.config_dir is None else [f"--config-dir={Path(given.config_dir).resolve()}"]
     name = [] if given.config_name is None else [f"--config-name={given.config_name}"]
     paths = [each for each in HydraConfig.get().overrides.hydra if _key(each) == "hydra.searchpath"]

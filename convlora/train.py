@@ -205,4 +205,6 @@ def replay(folder: str) -> list[str]:
 main = command("train", TrainConfig, train, folder="run_dir", replay=replay, rejoin=rejoin)
 
 if __name__ == "__main__":
-    main()
+    from convlora.train import main as command_of_train  # of __main__, nothing can be sent to other processes
+
+    command_of_train()
