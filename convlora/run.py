@@ -48,7 +48,13 @@ FREE = (
     "trainer.log_every_n_steps",
 )
 # Settings that came later, and what held where the record of a run does not name them
-LATER = {"model.decoder_eps": 1e-5}
+LATER = {
+    "model.decoder_eps": 1e-5,
+    "peft.b_rate": 1.0,
+    "peft.gate.sees": "mean",
+    "peft.gate.balance": 0.01,
+    "peft.gate.schedule": "constant",
+}
 
 
 @contextmanager
