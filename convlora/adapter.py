@@ -1,7 +1,7 @@
 """The file that users keep: trained tensors with all that is needed to use them again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +19,7 @@ from convlora.build import (
     make_segmenter,
     say_precision,
 )
-from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import Resize
-from convlora.draw import colors_of
 from convlora.inference import Predictor
 from convlora.run import BEST, in_shell
 from convlora.schema import Config, make
@@ -60,23 +58,27 @@ class Adapter:
 
 
 def describe(
-    config: Config, data: SegmentationDataModule, identity: Mapping[str, str], precision: str
+    config: Config,
+    class_colors: Mapping[str, Sequence[int]],
+    median_side: int,
+    identity: Mapping[str, str],
+    precision: str,
 ) -> dict[str, str]:
     """Return what an adapter file says of itself.
 
     Args:
         config: it is trained with.
-        data: it is trained on.
+        class_colors: name -> RGB colour of each class, in the order of their ids.
+        median_side: of the longer sides of the images that it is trained on, px.
         identity: name and SHA-256 of the base weights.
         precision: in which it is trained, in Lightning's words.
     """
-    colors = colors_of(data.class_names, data.class_colors)
     return {
         "format": FORMAT,
         "config": json.dumps(config),
-        "class_names": json.dumps(list(colors)),
-        "class_colors": json.dumps(list(colors.values())),
-        "median_side": str(data.median_side()),
+        "class_names": json.dumps(list(class_colors)),
+        "class_colors": json.dumps([list(color) for color in class_colors.values()]),
+        "median_side": str(median_side),
         "precision": precision,
         **identity,
     }

@@ -22,6 +22,7 @@ from convlora.checkpoint import (
     read_checkpoint,
 )
 from convlora.cli import command, given_overrides
+from convlora.draw import colors_of
 from convlora.schema import Config, make
 from convlora.task import SegmentationTask
 
@@ -129,7 +130,8 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
     if config.compile:
         segmenter.compile_encoder()
     settings = asdict(config) | {"run_dir": str(folder), "resume": None}
-    metadata = adapter.describe(settings, data, identity, str(trainer.precision))
+    colors = colors_of(data.class_names, data.class_colors)
+    metadata = adapter.describe(settings, colors, data.median_side(), identity, str(trainer.precision))
     facts = {
         **identity,
         "training images": data.content("train"),

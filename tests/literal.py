@@ -48,6 +48,56 @@ class LiteralExperts(nn.Module):
         return F.interpolate(F.gelu(fine) if self.activation == "gelu" else fine, size=size, mode=mode)
 
 
+class ReleasedLoRALinear(nn.Module):
+    """AutoGluon's linear layer with Conv-LoRA, or LoRA where it has no experts, under its own names.
+
+    Args:
+        linear: the frozen layer; its parts are taken over.
+        rank: of the update.
+        alpha: its scale, in units of the rank.
+        num_experts: at scales 1 to `num_experts`.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, num_experts: int):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.lora_B = nn.Parameter(torch.empty(linear.out_features, rank))
+        self.scaling = alpha / rank
+        if num_experts:
+            self.lora_moe_gating = ReleasedGate(rank, num_experts)
+            convs = (nn.Conv2d(rank, rank, 3, padding=1) for _ in range(num_experts))
+            self.lora_moe_experts = nn.ModuleList(nn.Sequential(conv, nn.GELU()) for conv in convs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x @ self.lora_A.T
+        if hasattr(self, "lora_moe_experts"):
+            maps = z.permute(0, 3, 1, 2)
+            choice = self.lora_moe_gating(maps)
+            mixed = [self.expert(int(index), each[None]) for index, each in zip(choice, maps, strict=True)]
+            z = z + torch.cat(mixed).permute(0, 2, 3, 1)
+        return F.linear(x, self.weight, self.bias) + self.scaling * z @ self.lora_B.T
+
+    def expert(self, index: int, maps: Tensor) -> Tensor:
+        """Apply one expert to maps [n, rank, h, w]."""
+        fine = F.interpolate(maps, scale_factor=index + 1, mode="bicubic")
+        return F.interpolate(self.lora_moe_experts[index](fine), size=maps.shape[2:], mode="bicubic")
+
+
+class ReleasedGate(nn.Module):
+    """AutoGluon's gate as it chooses after training; returns the index of each map's expert."""
+
+    def __init__(self, rank: int, num_experts: int):
+        super().__init__()
+        self.w_gate = nn.Parameter(torch.empty(rank, num_experts))
+        self.w_noise = nn.Parameter(torch.empty(rank, num_experts))
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("std", torch.ones(1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return (maps.mean(dim=(2, 3)) @ self.w_gate).argmax(dim=1)
+
+
 class EagerWindowAttention(nn.Module):
     """MobileSAM's attention of a window, with its matrix; parts as of the library's module."""
 

@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from convlora import adapter
 from convlora.build import make_segmenter
-from convlora.data.sets.synthetic import Synthetic
 from convlora.schema import make
 
 MODEL = {
@@ -29,9 +28,7 @@ def path(tmp_path: Path) -> Path:
     segmenter, identity = make_segmenter(make("model", MODEL), make("peft", PEFT), make("head", HEAD), 1)
     for value in segmenter.trainable_state().values():
         value.normal_(std=0.1)
-    data = Synthetic(train_size=3, val_size=1, test_size=1, size=40, class_names=["thing"],
-                     class_colors=[[1, 2, 3]])  # fmt: skip
-    metadata = adapter.describe(CONFIG, data, identity, "32-true")
+    metadata = adapter.describe(CONFIG, {"thing": [1, 2, 3]}, 40, identity, "32-true")
     adapter.save(tmp_path / "adapter.safetensors", segmenter.trainable_state(), metadata)
     return tmp_path / "adapter.safetensors"
 

@@ -8,7 +8,7 @@ import pytest
 from composed import compose, names
 from conftest import SMALL, Commands
 
-from convlora import evaluate, export, predict, prepare, train
+from convlora import convert, evaluate, export, predict, prepare, train
 from convlora.cli import FOLDER_NAME, folder_name
 from convlora.run import assign
 
@@ -74,6 +74,9 @@ def one_line(err: str) -> str:
         (predict, "checkpoint=nowhere input=a.png output=b", "no adapter at nowhere; a training run"),
         (export, "checkpoint=a.png", "checkpoint=a.png is a file; name the folder of a run, which has a "),
         (export, "checkpoint=nowhere", "checkpoint=nowhere: no nowhere/best.ckpt; name the folder"),
+        (convert, "checkpoint=a.png output=b.safetensors", "model=NAME must be given; there are mobile_sam,"),
+        (convert, "checkpoint=a.png model=sam_vit_h output=b", "output=b must be a file name that ends in "),
+        (train, "dry_run=true model.decoder_eps=0", "sam_tiny: model.decoder_eps=0 must lie between 0 and 1"),
         (prepare, "dataset=isic2018", "dataset=isic2018: there is none of that name; did you mean 'isic"),
     ],
 )  # fmt: skip

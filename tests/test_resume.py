@@ -310,6 +310,21 @@ def test_caches_may_differ_but_not_whether_there_is_one(whole: Whole) -> None:
         run.check_same_settings(folder, config)
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_what_held_then(whole: Whole) -> None:
+    config = {key: value for key, value in run.read_record(whole()).items() if key != "command"}
+    now = run.flatten(config)
+    before = {key: value for key, value in now.items() if key not in run.LATER}
+    assert len(now) - len(before) == len(run.LATER)
+    folder = whole() / "older"
+    folder.mkdir()
+    run.write_record(folder, [], before)
+    for given in (now, before):
+        run.check_same_settings(folder, given)
+    for key in run.LATER:
+        with pytest.raises(ValueError, match=rf"{re.escape(key)} was .*, is another"):
+            run.check_same_settings(folder, {**now, key: "another"})
+
+
 def test_one_run_is_resumed_and_not_a_sweep(cli: Commands, done: Path) -> None:
     before = files(done)
     for arguments in (("-m", "resume=run"), ("resume=run", "--multirun", "seed=1,2")):

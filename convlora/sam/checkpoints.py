@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from convlora import fetch as files
@@ -36,25 +38,34 @@ def cached(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
-def read(name: str, path: Path) -> dict[str, Tensor]:
+def read(name: str, path: Path, way_out: str = "take the official checkpoint") -> dict[str, Tensor]:
     """Read a file of tensors; anything else in it, code above all, is refused and never run.
+
+    Args:
+        name: of what is read, for messages.
+        path: a safetensors file, or a pickle whose tensors may lie under `state_dict`.
+        way_out: what to do where the file holds something else.
 
     Raises:
         ValueError: the file is damaged or holds something else.
     """
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{name}: {path} is not a plain file of tensors (truncated, or a pickle that could run code) and "
-            f"was not loaded; take the official checkpoint. {_first_line(error)}"
+            f"was not loaded; {way_out}. {_first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"{name}: {path} is truncated or damaged; fetch it again. {_first_line(error)}"
         ) from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{name}: {path} holds no dictionary of tensors; take the official checkpoint")
+        raise ValueError(f"{name}: {path} holds no dictionary of tensors; {way_out}")
     return state
 
 

@@ -64,6 +64,8 @@ class Backbone(ABC):
             memory and needs autocast to bfloat16, which rounds them so anyway.
         activation_checkpointing: keep only the input of each block of the image encoder for the backward
             pass, and run the block again there; less memory, more time.
+        decoder_eps: of the layer norms in the blocks of the mask decoder's transformer: segment-anything has
+            1e-5, Hugging Face's SamModel 1e-6; in all other norms the two agree.
 
     Raises:
         ValueError: one of them is impossible.
@@ -75,6 +77,7 @@ class Backbone(ABC):
     url: str | None = None
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
+    decoder_eps: float = 1e-5
 
     # Of the architecture; no fields, unless a variant makes them its own.
     patch_size = 16  # side of a patch in pixels
@@ -88,6 +91,11 @@ class Backbone(ABC):
             raise ValueError(
                 f"{self.name}: model.image_size={size} is not a positive multiple of the patch size {patch}; "
                 f"try model.image_size={max(1, round(size / patch)) * patch}"
+            )
+        if not 0 < self.decoder_eps < 1:
+            raise ValueError(
+                f"{self.name}: model.decoder_eps={self.decoder_eps} must lie between 0 and 1; it is 1e-5, or "
+                "1e-6 for a mask decoder that Hugging Face's SamModel trained"
             )
 
     @abstractmethod
@@ -111,6 +119,9 @@ class Backbone(ABC):
         transformer = TwoWayTransformer(
             depth=2, embedding_dim=self.decoder_dim, mlp_dim=self.decoder_mlp_dim, num_heads=8
         )
+        for layer in transformer.layers:
+            for norm in (layer.norm1, layer.norm2, layer.norm3, layer.norm4):
+                norm.eps = self.decoder_eps
         mask_decoder = MaskDecoder(transformer_dim=self.decoder_dim, transformer=transformer)
         return Sam(encoder, prompt_encoder, mask_decoder, self.activation_checkpointing).eval()
 

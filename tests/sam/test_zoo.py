@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, from_conf
+from safetensors.torch import save_file
 from torch import Tensor
 
 from convlora.peft.conv_lora import ConvLoRA
 from convlora.peft.method import aux_loss
 from convlora.sam.attention import offset_table, resample_offsets
+from convlora.sam.checkpoints import hash_file
 from convlora.sam.zoo import Backbone, MobileSam, SamViT, load_backbone, resample_grid
 from convlora.segmenter import Segmenter
 
@@ -57,6 +59,21 @@ def test_checkpoint_is_loaded_tensor_by_tensor(tiny: SamViT, weights: Path) -> N
     sam, _ = load_backbone(replace(tiny, weights=str(weights)))
     expected = torch.load(weights, weights_only=True)
     assert all(torch.equal(value, expected[key]) for key, value in sam.state_dict().items())
+
+
+@pytest.mark.parametrize("file", ["tiny.safetensors", "tiny.ckpt"])
+def test_weights_may_be_safetensors_or_lie_under_state_dict(
+    tiny: SamViT, weights: Path, tmp_path: Path, file: str
+) -> None:
+    expected = torch.load(weights, weights_only=True)
+    path = tmp_path / file
+    if file.endswith("ckpt"):
+        torch.save({"state_dict": expected, "epoch": 3}, path)
+    else:
+        save_file(expected, path)
+    sam, sha256 = load_backbone(replace(tiny, weights=str(path)))
+    assert all(torch.equal(value, expected[key]) for key, value in sam.state_dict().items())
+    assert sha256 == hash_file(path)
 
 
 def test_random_weights_are_the_same_in_every_process(tiny: SamViT) -> None:

@@ -1,0 +1,100 @@
+"""Hugging Face's SamModel: its names for what segment-anything's Sam is made of.
+
+The two compute the same, but for the epsilon of some layer norms, `Backbone.decoder_eps`.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convlora.sam import checkpoints
+
+DECODER_EPS = 1e-6
+MASK_TOKENS = "mask_decoder.mask_tokens.weight"
+
+_PART = re.compile(r"(.*?)\b(?:vision_encoder|shared_image_embedding|prompt_encoder|mask_decoder)\.")
+_POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+_MLP = r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))"
+# Applied one after another
+_RENAMED = {
+    r"^(?:shared_image_embedding|prompt_encoder\.shared_embedding)\.positional_embedding$": _POSITIONS,
+    r"^vision_encoder\.": "image_encoder.",
+    r"^image_encoder\.patch_embed\.projection\.": "image_encoder.patch_embed.proj.",
+    r"^image_encoder\.layers\.": "image_encoder.blocks.",
+    r"^image_encoder\.neck\.conv1\.": "image_encoder.neck.0.",
+    r"^image_encoder\.neck\.layer_norm1\.": "image_encoder.neck.1.",
+    r"^image_encoder\.neck\.conv2\.": "image_encoder.neck.2.",
+    r"^image_encoder\.neck\.layer_norm2\.": "image_encoder.neck.3.",
+    r"^prompt_encoder\.point_embed\.": "prompt_encoder.point_embeddings.",
+    r"^prompt_encoder\.mask_embed\.conv1\.": "prompt_encoder.mask_downscaling.0.",
+    r"^prompt_encoder\.mask_embed\.layer_norm1\.": "prompt_encoder.mask_downscaling.1.",
+    r"^prompt_encoder\.mask_embed\.conv2\.": "prompt_encoder.mask_downscaling.3.",
+    r"^prompt_encoder\.mask_embed\.layer_norm2\.": "prompt_encoder.mask_downscaling.4.",
+    r"^prompt_encoder\.mask_embed\.conv3\.": "prompt_encoder.mask_downscaling.6.",
+    r"^(image_encoder\.blocks\.\d+|mask_decoder\.transformer\.layers\.\d+)\.layer_norm": r"\1.norm",
+    r"^mask_decoder\.transformer\.layer_norm_final_attn\.": "mask_decoder.transformer.norm_final_attn.",
+    r"^mask_decoder\.upscale_conv1\.": "mask_decoder.output_upscaling.0.",
+    r"^mask_decoder\.upscale_layer_norm\.": "mask_decoder.output_upscaling.1.",
+    r"^mask_decoder\.upscale_conv2\.": "mask_decoder.output_upscaling.3.",
+    rf"{_MLP}\.layers\.0\.": r"\1.layers.1.",
+    rf"{_MLP}\.proj_in\.": r"\1.layers.0.",
+    rf"{_MLP}\.proj_out\.": r"\1.layers.2.",
+}
+
+
+def sam_name(name: str) -> str:
+    """Return segment-anything's name of a tensor of a SamModel; a name of something else stays."""
+    for pattern, replacement in _RENAMED.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def read_sam_model(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file by the names that they have in a SamModel, whatever it is a part of.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or its tensors are of no SamModel, or of several.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}; name the one that holds the tensors, not its folder")
+    way_out = "save the tensors alone where you trust them, as torch.save(model.state_dict(), FILE)"
+    state = checkpoints.read("SamModel", path, way_out)
+    prefixes = sorted({found[1] for name in state if (found := _PART.match(name))})
+    if len(prefixes) != 1:
+        those = f"there are several, below {' and '.join(prefixes)}" if prefixes else "there is none"
+        raise ValueError(
+            f"{path} must hold the tensors of one SamModel, vision_encoder., mask_decoder. and so on below a "
+            f"common prefix, but {those} in its {len(state)} tensors (first {min(state, default='')})"
+        )
+    return {name.removeprefix(prefixes[0]): tensor for name, tensor in state.items()}
+
+
+def write_as_sam(
+    path: Path, source: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Write a model of one mask as a checkpoint of segment-anything's, whose four masks all get its parts.
+
+    Args:
+        path: to be written.
+        source: of the tensors, for messages.
+        tensors: by segment-anything's names.
+        expected: those of segment-anything's model.
+
+    Raises:
+        ValueError: tensors are missing.
+    """
+    sources = {name: re.sub(r"(hypernetworks_mlps)\.\d+", r"\1.0", name) for name in expected}
+    if missing := sorted(set(sources.values()) - tensors.keys()):
+        raise ValueError(
+            f"{path} would need the whole model, but {source} lacks {len(missing)} of its tensors (first "
+            f"{missing[0]}); take the checkpoint of the whole model"
+        )
+    state = {name: tensors[other].float() for name, other in sources.items()}
+    state[MASK_TOKENS] = state[MASK_TOKENS].repeat(len(expected[MASK_TOKENS]), 1)
+    new = path.with_name(f"{path.name}.new")
+    torch.save(state, new)
+    new.replace(path)

@@ -1,0 +1,337 @@
+"""What AutoGluon trained in Hugging Face's SamModel gives the same masks as an adapter."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from composed import compose
+from conftest import Commands
+from literal import ReleasedLoRALinear
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import SamConfig, SamModel
+
+from convlora import adapter, convert, predict
+from convlora.build import resolve
+from convlora.sam.checkpoints import hash_file
+from convlora.sam.hugging_face import DECODER_EPS, sam_name
+from convlora.sam.zoo import SamViT
+
+SIDE = 64
+MODEL = (
+    "model=sam_tiny",
+    "model.embed_dim=16",
+    "model.depth=3",
+    "model.num_heads=2",
+    "model.global_attn_indexes=[1]",
+    "model.image_size=64",
+    "model.window_size=4",
+    "model.decoder_dim=32",
+    "model.decoder_mlp_dim=24",
+)
+CONFIG = SamConfig(
+    vision_config={
+        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "global_attn_indexes": [1],
+        "image_size": SIDE, "patch_size": 8, "window_size": 4, "output_channels": 32, "num_pos_feats": 16,
+    },
+    prompt_encoder_config={"hidden_size": 32, "image_size": SIDE, "patch_size": 8},
+    mask_decoder_config={"hidden_size": 32, "mlp_dim": 24},
+)  # fmt: skip
+TINY = SamViT(
+    name="sam_tiny", embed_dim=16, depth=3, num_heads=2, global_attn_indexes=[1], image_size=SIDE,
+    patch_size=8, window_size=4, decoder_dim=32, decoder_mlp_dim=24,
+)  # fmt: skip
+QKV = [f"layers.{block}.attn.qkv" for block in range(3)]
+
+
+def trained(num_experts: int = 3, layers: Sequence[str] = QKV, alpha: float = 32.0) -> SamModel:
+    """A SamModel as AutoGluon leaves it after a training, with weights that make every part count."""
+    torch.manual_seed(0)
+    sam = SamModel(CONFIG)
+    decoder = sam.mask_decoder
+    decoder.num_mask_tokens = 1
+    decoder.mask_tokens = nn.Embedding(1, 32)
+    decoder.output_hypernetworks_mlps = decoder.output_hypernetworks_mlps[:1]
+    for name in layers:
+        linear = sam.vision_encoder.get_submodule(name)
+        sam.vision_encoder.set_submodule(name, ReleasedLoRALinear(linear, 2, alpha, num_experts))
+    with torch.no_grad():
+        for name, value in sam.named_parameters():
+            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            value.normal_(around, value[0].numel() ** -0.5 if value.ndim > 1 else 0.2)
+            if "lora_B" in name or "token" in name or (name.startswith("mask_decoder.") and "bias" in name):
+                value.mul_(0.02)  # as small as trained ones are, so that epsilons count
+    return sam.eval()
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def masks_of(sam: SamModel) -> Tensor:
+    masks = sam(images(), multimask_output=False).pred_masks[:, 0]
+    return F.interpolate(masks, (SIDE, SIDE), mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def masks_by(path: str | Path, weights: str | None = None) -> Tensor:
+    logits: Tensor = adapter.load(path, weights=weights, device="cpu").segmenter(images())
+    return logits
+
+
+def assert_same(found: Tensor, sam: SamModel) -> None:
+    expected = masks_of(sam)
+    assert expected.std() > 0.02
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def parts(sam: SamModel) -> dict[str, Tensor]:
+    """What was trained, as it is saved without the frozen tensors."""
+    frozen = "mask_decoder.iou_prediction_head."
+    return {
+        name: value
+        for name, value in sam.state_dict().items()
+        if ".lora_" in name or (name.startswith("mask_decoder.") and not name.startswith(frozen))
+    }
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        metadata: dict[str, str] = file.metadata()
+    return metadata
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the whole model, `model.pth`, converted to `whole.safetensors` on `base.pth`."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.save(trained().state_dict(), folder / "model.pth")
+    paths = {"checkpoint": "model.pth", "output": "whole.safetensors", "base": "base.pth"}
+    config = compose("convert", *MODEL, *(f"{key}={folder / name}" for key, name in paths.items()))
+    convert.convert(convert.ConvertConfig(**resolve(config)))
+    return folder
+
+
+@pytest.fixture
+def run(cli: Commands, made: Path) -> Commands:
+    """Runs commands in a folder with what `made` holds."""
+    shutil.copytree(made, Path.cwd(), dirs_exist_ok=True)
+    return cli
+
+
+def test_every_tensor_of_a_sam_model_has_its_place() -> None:
+    theirs = {sam_name(name): value.shape for name, value in SamModel(CONFIG).state_dict().items()}
+    assert theirs == {name: value.shape for name, value in TINY.build().state_dict().items()}
+
+
+def test_every_norm_has_the_epsilon_of_a_sam_model() -> None:
+    def epsilons(sam: nn.Module) -> dict[str, float]:
+        return {
+            sam_name(f"{name}."): module.eps for name, module in sam.named_modules() if hasattr(module, "eps")
+        }
+
+    theirs = epsilons(SamModel(CONFIG))
+    assert len(theirs) == 20
+    assert epsilons(replace(TINY, decoder_eps=DECODER_EPS).build()) == theirs
+    differing = theirs.items() - epsilons(TINY.build()).items()
+    assert {name for name, _ in differing} == {
+        f"mask_decoder.transformer.layers.{layer}.norm{norm}." for layer in (0, 1) for norm in (1, 2, 3, 4)
+    }
+
+
+def test_a_converted_model_gives_the_same_masks(run: Commands) -> None:
+    assert_same(masks_by("whole.safetensors"), trained())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "file", "whole"),
+    [
+        ("", "trained.safetensors", True),
+        ("", "trained.bin", False),
+        ("model.", "trained.ckpt", True),
+        ("model.sam.model.", "trained.safetensors", False),
+    ],
+)
+def test_every_form_of_a_checkpoint_gives_the_same_masks(
+    run: Commands, prefix: str, file: str, whole: bool
+) -> None:
+    state = trained().state_dict() if whole else parts(trained())
+    state = {f"{prefix}{name}": value.clone() for name, value in state.items()}
+    if file.endswith("safetensors"):
+        save_file(state, file)
+    else:
+        torch.save({"state_dict": state, "epoch": 3} if file.endswith("ckpt") else state, file)
+    done = run(convert, *MODEL, f"checkpoint={file}", "output=a.safetensors", "model.weights=base.pth")
+    assert done.code == 0, done.err
+    assert "rank 2 with 3 experts, alpha 32, adapter: a.safetensors" in done.out
+    assert_same(masks_by("a.safetensors"), trained())
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "layers", "targets", "blocks"),
+    [
+        (0, QKV, ["qkv"], None),
+        (12, QKV[1:], ["qkv"], [1, 2]),
+        (3, [*QKV, *(f"layers.{i}.mlp.lin2" for i in range(3))], ["lin2", "qkv"], None),
+        (2, ["layers.0.attn.qkv", "layers.2.mlp.lin1"], ["blocks.0.attn.qkv", "blocks.2.mlp.lin1"], None),
+    ],
+    ids=["lora", "blocks", "mlp", "irregular"],
+)
+def test_rank_experts_and_layers_are_read_from_the_file(
+    cli: Commands, num_experts: int, layers: list[str], targets: list[str], blocks: list[int] | None
+) -> None:
+    sam = trained(num_experts, layers, alpha=8.0)
+    torch.save(sam.state_dict(), "model.pth")
+    done = cli(convert, *MODEL, "alpha=8", "checkpoint=model.pth", "output=a.safetensors", "base=base.pth")
+    assert done.code == 0, done.err
+    peft = json.loads(metadata_of(Path("a.safetensors"))["config"])["peft"]
+    assert (peft["rank"], peft.get("num_experts", 0)) == (2, num_experts)
+    assert (peft["targets"], peft["blocks"]) == (targets, blocks)
+    assert peft["_target_"].endswith("ConvLoRA" if num_experts else "lora.LoRA")
+    assert_same(masks_by("a.safetensors"), sam)
+
+
+def test_without_the_decoders_epsilon_the_masks_differ(run: Commands) -> None:
+    path = Path("whole.safetensors")
+    metadata = metadata_of(path)
+    config = json.loads(metadata["config"])
+    assert config["model"].pop("decoder_eps") == 1e-6
+    save_file(load_file(path), path, metadata | {"config": json.dumps(config)})
+    assert (masks_by(path) - masks_of(trained())).abs().max() > 1e-4
+
+
+def test_base_weights_of_the_file_are_those_of_the_adapter(run: Commands) -> None:
+    assert metadata_of(Path("whole.safetensors"))["base_sha256"] == hash_file(Path("base.pth"))
+    Path("base.pth").rename("moved.pth")
+    assert_same(masks_by("whole.safetensors", weights="moved.pth"), trained())
+
+
+def test_other_frozen_tensors_are_refused_with_a_way_out(run: Commands) -> None:
+    state = trained().state_dict()
+    state["vision_encoder.layers.1.attn.qkv.weight"] *= 1.01
+    torch.save(state, "other.pth")
+    other = (*MODEL, "checkpoint=other.pth", "output=a.safetensors")
+    refused = run(convert, *other, "model.weights=base.pth")
+    assert refused.code == 1
+    assert "1 of its 68 frozen tensors (first image_encoder.blocks.1.attn.qkv.weight) are not" in refused.err
+    assert not Path("a.safetensors").exists()
+    assert run(convert, *other, "base=other_base.pth").code == 0
+    sam = trained()
+    sam.load_state_dict(state)
+    assert_same(masks_by("a.safetensors"), sam)
+
+
+def test_half_precision_is_widened(run: Commands) -> None:
+    state = {name: value.half() for name, value in trained().state_dict().items()}
+    torch.save(state, "half.pth")
+    half = (*MODEL, "checkpoint=half.pth")
+    rounded = run(convert, *half, "output=rounded.safetensors", "model.weights=base.pth")
+    assert rounded.code == 0, rounded.err
+    assert {value.dtype for value in load_file("rounded.safetensors").values()} == {torch.float32}
+    assert run(convert, *half, "output=exact.safetensors", "base=half_base.pth").code == 0
+    base = torch.load("half_base.pth", weights_only=True)
+    assert {value.dtype for value in base.values()} == {torch.float32}
+    sam = trained()
+    sam.load_state_dict({name: value.float() for name, value in state.items()})
+    assert_same(masks_by("exact.safetensors"), sam)
+
+
+def test_predict_takes_it_like_any_other(run: Commands) -> None:
+    Image.effect_noise((50, 40), 90).convert("RGB").save("photo.png")
+    done = run(predict, "checkpoint=whole.safetensors", "input=photo.png", "output=masks", "routing=true")
+    assert done.code == 0, done.err
+    assert Image.open("masks/photo.png").size == (50, 40)
+
+
+def spoil(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Checkpoints that cannot be converted, by file name."""
+    plain = {name: value for name, value in state.items() if ".lora_" not in name}
+    tokens = "mask_decoder.mask_tokens.weight"
+    classifier = {"mask_decoder.output_classifier_mlps.weight": torch.zeros(4, 32)}
+    layer = "vision_encoder.layers.0.attn.qkv"
+    wide = {f"{layer}.lora_A": torch.zeros(2, 1280), f"{layer}.lora_B": torch.zeros(3840, 2)}
+    return {
+        "plain.pth": plain,
+        "huge.pth": wide,
+        "odd.pth": {f"{layer}.lora_A": torch.zeros(2, 17)},
+        "classes.pth": state | classifier,
+        "tokens.pth": state | {tokens: torch.zeros(4, 32)},
+        "more.pth": state | {"vision_encoder.extra.weight": torch.zeros(1)},
+        "ia3.pth": state | {f"{layer}.lora_b": torch.zeros(48, 1)},
+        "decoder.pth": state | {"mask_decoder.upscale_conv1.lora_A": torch.zeros(2, 32)},
+        "less.pth": {name: value for name, value in state.items() if "layer_norm3" not in name},
+        "two.pth": {f"{prefix}.{name}": value for prefix in "ab" for name, value in state.items()},
+        "other.pth": {"fc.weight": torch.zeros(1)},
+        "grid.pth": state | {"vision_encoder.neck.conv2.weight": torch.zeros(8, 8, 3, 3)},
+    }
+
+
+class Code:
+    """What a pickle must not bring to life."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("harmed"),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("checkpoint=nowhere.pth", "no file at nowhere.pth; name the one that holds the tensors, not its fo"),
+        ("checkpoint=code.pth", "SamModel: code.pth is not a plain file of tensors (truncated, or a pickle "),
+        ("checkpoint=cut.pth", "SamModel: cut.pth is truncated or damaged; fetch it again."),
+        ("checkpoint=cut.safetensors", "SamModel: cut.safetensors is truncated or damaged; fetch it again."),
+        ("checkpoint=plain.pth", "checkpoint=plain.pth holds neither Conv-LoRA nor LoRA (no .lora_A); name"),
+        ("checkpoint=huge.pth", "checkpoint=huge.pth adapts an encoder of 1280 channels, model=sam_tiny "
+         "has another; set model=sam_vit_h"),
+        ("checkpoint=odd.pth", "checkpoint=odd.pth adapts an encoder of 17 channels, model=sam_tiny has "
+         "another; no model= here has so many"),
+        ("checkpoint=classes.pth", "checkpoint=classes.pth predicts several masks (1 mask tokens), as of se"),
+        ("checkpoint=tokens.pth", "checkpoint=tokens.pth predicts several masks (4 mask tokens), as of seve"),
+        ("checkpoint=more.pth", "checkpoint=more.pth holds vision_encoder.extra.weight, which is no part of"),
+        ("checkpoint=ia3.pth", "checkpoint=ia3.pth holds vision_encoder.layers.0.attn.qkv.lora_b, which is"),
+        ("checkpoint=decoder.pth", "checkpoint=decoder.pth holds mask_decoder.upscale_conv1.lora_A, which i"),
+        ("checkpoint=less.pth", "the checkpoint's trained tensors do not fit: 4 missing (first mask_decoder"),
+        ("checkpoint=two.pth", "two.pth must hold the tensors of one SamModel, vision_encoder., mask_decoder."
+         " and so on below a common prefix, but there are several, below a. and b. in its"),
+        ("checkpoint=other.pth", "other.pth must hold the tensors of one SamModel, vision_encoder., mask_de"),
+        ("checkpoint=grid.pth", "checkpoint: grid.pth holds another model; of 68 tensors, 1 of another shap"),
+        ("checkpoint=model.pth output=a.pth", "output=a.pth must be a file name that ends in .safetensors"),
+        ("checkpoint=model.pth output=whole.safetensors", "output=whole.safetensors is there already; choos"),
+        ("checkpoint=model.pth base=base.pth", "base=base.pth is there already; choose another name or remo"),
+        ("checkpoint=model.pth base=b.safetensors", "base=b.safetensors must be a file name that ends in .p"),
+        ("checkpoint=parts.pth base=b.pth", "b.pth would need the whole model, but parts.pth lacks "),
+        ("checkpoint=model.pth class_names=[a,b]", "class_names=['a', 'b'] must be one name, that of the fo"),
+        ("", "checkpoint must be given; write checkpoint=VALUE"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_converted_is_told_in_one_line(run: Commands, arguments: str, message: str) -> None:
+    state = trained().state_dict()
+    for name, spoilt in spoil(state).items():
+        if name in arguments:
+            torch.save(spoilt, name)
+    torch.save(parts(trained()), "parts.pth")
+    torch.save({"state_dict": state, "run": Code()}, "code.pth")
+    Path("cut.pth").write_bytes(Path("model.pth").read_bytes()[:-100])
+    Path("cut.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-100])
+    given = [] if "output=" in arguments else ["output=a.safetensors"]
+    done = run(convert, *MODEL, *given, *arguments.split())
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    assert done.err.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert not {"a.safetensors", "a.pth", "b.pth", "b.safetensors", "harmed"} & {
+        path.name for path in Path.cwd().iterdir()
+    }
+
+
+def test_a_model_of_another_kind_is_refused(run: Commands) -> None:
+    done = run(convert, "model=mobile_sam", "checkpoint=model.pth", "output=a.safetensors")
+    assert "adapts an encoder of 16 channels, model=mobile_sam has another; no model= here" in done.err
+    assert run(convert, "checkpoint=model.pth").err.startswith("error: model=NAME must be given; there are ")
