@@ -314,11 +314,14 @@ def check_monitors(callbacks: Mapping[str, Callback], scores: Scores) -> None:
         raise ValueError(
             "callbacks.best must be a convlora.checkpoint.RunCheckpoint, which chooses the epoch; leave it"
         )
-    known = [f"val/{name}" for name in ("loss", *scores.names)]
+    known = [f"val/{name}" for name in ("loss", *scores.for_validation().names)]
     for name, callback in callbacks.items():
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor not in known:
-            raise ValueError(f"callbacks.{name}.monitor={monitor} is not one of {', '.join(known)}")
+            raise ValueError(
+                f"callbacks.{name}.monitor={monitor} is not one of {', '.join(known)}, which are computed in "
+                f"validation; metrics.validate=[NAME] adds one of {', '.join(scores.names)}"
+            )
 
 
 def check_precision(key: str, precision: str) -> None:

@@ -45,6 +45,7 @@ FREE = (
     "loading.num_workers",
     "logger",
     "callbacks.routing",
+    "metrics.validate",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )

@@ -54,7 +54,7 @@ class SegmentationTask(LightningModule):
         self.metadata = metadata
         self.facts = facts
         self.seed = seed
-        self.scores = nn.ModuleDict({stage: scores.clone() for stage in ("val", "test")})
+        self.scores = nn.ModuleDict({"val": scores.for_validation(), "test": scores.clone()})
         # by default a mean would leave out what is no number
         self.mean_loss = nn.ModuleDict(
             {stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")}

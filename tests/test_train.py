@@ -76,7 +76,9 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) ->
     assert 0 <= summary["test"]["dice"] <= 1
     assert yaml.safe_load(Path("run/config.yaml").read_text())["peft"]["num_experts"] == 8
     with Path("run/metrics.csv").open() as file:
-        assert sum(row["val/dice"] != "" for row in csv.DictReader(file)) == 2
+        logged = list(csv.DictReader(file))
+    assert sum(row["val/dice"] != "" for row in logged) == 2
+    assert {column for column in logged[0] if column.startswith("val/")} == {"val/loss", "val/dice"}
 
 
 def test_checkpoints_hold_no_frozen_tensor(cli: Commands) -> None:

@@ -3,6 +3,7 @@
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -91,11 +92,15 @@ class Scores(MetricCollection):
         scores: name -> dotted path of a function of one image, whose mean is taken under that name, or of a
             `Sums` class, or a `Sums`, whose scores have their own names.
         class_names: of the data set.
+        validate: names of the scores that a validation computes beside the primary one; all of them would
+            hold up the training.
 
     Raises:
-        ValueError: a path names no score, two scores have one name, there is no such primary score, or the
-            scores are not for that many classes.
+        ValueError: a path names no score, two scores have one name, there is no such primary or other score,
+            or the scores are not for that many classes.
     """
+
+    names: list[str]
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class Scores(MetricCollection):
         mode: str,
         scores: Mapping[str, str | Sums],
         class_names: Sequence[str] = ("foreground",),
+        validate: Sequence[str] = (),
     ):
         metrics: dict[str, Any] = {name: _metric(name, score, class_names) for name, score in scores.items()}
         for name, metric in metrics.items():
@@ -123,8 +129,22 @@ class Scores(MetricCollection):
             raise ValueError(f"metrics.scores gives {', '.join(twice)} twice; leave one of the two out")
         if primary not in self.names:
             raise ValueError(f"metrics.primary={primary} is not one of {', '.join(self.names)}")
+        for name in validate:
+            if name not in self.names:
+                raise ValueError(f"metrics.validate: {name} is not one of {', '.join(self.names)}")
         if mode not in ("min", "max"):
             raise ValueError(f"metrics.mode={mode} must be min or max")
+        self.validated = {primary, *validate}
+
+    def for_validation(self) -> "Scores":
+        """Return those scores that a validation computes, with what is computed along with them."""
+        chosen = deepcopy(self)
+        metrics: dict[str, Any] = dict(self.items())
+        kept = {key: metric for key, metric in metrics.items() if self.validated & {*metric.names}}
+        for key in metrics.keys() - kept.keys():
+            del chosen[key]
+        chosen.names = [name for metric in kept.values() for name in metric.names]
+        return chosen
 
 
 def _metric(name: str, score: str | Sums, class_names: Sequence[str]) -> Sums:

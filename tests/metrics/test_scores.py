@@ -339,6 +339,21 @@ def test_scores_have_the_names_they_announce(name: str) -> None:
     assert set(scalars(cloned(*image))) == {f"val/{each}" for each in scores.names}
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_validation_computes_the_primary_score_and_those_asked_for(name: str) -> None:
+    scores = collection(name)
+    chosen = scores.for_validation()
+    assert {scores.primary, *scores.validated} <= set(chosen.names)
+    for metric in chosen.values():
+        assert isinstance(metric, Sums)
+        assert scores.validated & set(metric.names), "nothing else is computed"
+    image = [torch.from_numpy(part) for part in images_for(name)[0]]
+    every = scalars(scores(*image))
+    own = {key: every[key] for key in chosen.names}
+    assert scalars(chosen(*image)) == pytest.approx(own, nan_ok=True)
+    assert len(own) < len(every)
+
+
 def test_no_image_gives_no_number() -> None:
     for metric in (
         ImageMean("dice", dice),
@@ -364,6 +379,7 @@ def test_no_image_gives_no_number() -> None:
             r"metrics\.scores gives dice_pooled, iou_pooled twice",
         ),
         ({"primary": "iou"}, r"metrics\.primary=iou is not one of dice"),
+        ({"validate": ["iou"]}, r"metrics\.validate: iou is not one of dice"),
         ({"mode": "best"}, r"metrics\.mode=best must be min or max"),
         ({"class_names": ["a", "b"]}, r"scores\.dice is for a foreground, but .* 2 classes \(a, b\)"),
         ({"scores": {"classes": "convlora.metrics.classes.ClassScores"}, "class_names": ["a"]},
