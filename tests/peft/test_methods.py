@@ -348,6 +348,7 @@ def test_two_ranks_learn_from_half_a_batch_each_what_one_learns_from_all(tmp_pat
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for (choice, _), model, *found in zip(pairs, models, *both, strict=True):
         expected = task_gradients(model, batch)
+        assert expected.keys() == trained(model).keys()
         for name, gradient in expected.items():
             limit = 1e-4 * max(gradient.abs().max().item(), 1e-6)
             for each in found:
