@@ -94,11 +94,11 @@ def test_checkpoints_hold_no_frozen_tensor(trained: Path) -> None:
 
 
 def test_same_seed_same_weights(cli: Commands, trained: Path) -> None:
-    for seed, workers in ((1, 2), (2, 0)):
-        done = cli(train, *QUIET, f"run_dir={seed}", f"seed={seed}", f"loading.num_workers={workers}")
+    for run, seed, workers in (("alike", 1, 2), ("other", 2, 0)):
+        done = cli(train, *QUIET, f"run_dir={run}", f"seed={seed}", f"loading.num_workers={workers}")
         assert done.code == 0, done.err
-    assert same(weights("1"), weights(trained))
-    assert not same(weights("2"), weights(trained))
+    assert same(weights("alike"), weights(trained))
+    assert not same(weights("other"), weights(trained))
 
 
 def test_dry_run_says_what_is_known_and_what_is_not_there(cli: Commands) -> None:
