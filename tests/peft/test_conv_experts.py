@@ -78,6 +78,11 @@ def test_any_scales_equal_literal_form_on_global_grids(
     assert_same_function(experts, torch.randn(len(scales), *size, 3), choice, torch.rand(len(scales), 2))
 
 
+def test_experts_of_one_scale_are_two() -> None:
+    experts = make([2, 2, 0.5], "gelu", "bicubic")
+    assert_same_function(experts, torch.randn(3, 9, 13, 3), torch.tensor([[0], [1], [2]]), torch.rand(3, 1))
+
+
 def test_an_axis_is_cut_into_tiles_where_the_reach_is_short() -> None:
     """At scale 2 a token reads 3 beyond its own, beside others too; at 1/4 tiles would be no smaller."""
     expected = {(0.25,): (1, 64), (1,): (4, 18), (2,): (4, 22), (3,): (4, 20), (1, 2): (4, 22)}
