@@ -33,7 +33,7 @@ train: $(READY)  ## train the default job: synthetic scenes, a tiny SAM, Conv-Lo
 	$(BIN)/python -m convlora.train $(ARGS)
 
 test: $(READY) lint  ## lint and all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)  ## formatting, style, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -108,6 +108,18 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return Commands(monkeypatch, capsys)
 
 
+def train_in(folder: Path, *arguments: str) -> Path:
+    """Train a run that the tests of a module share; returns where it is."""
+    from convlora import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setattr(sys, "argv", [train.__name__, *arguments, "run_dir=run"])
+        train.main()
+    return folder / "run"
+
+
 SMALL = (
     "model.embed_dim=16",
     "model.depth=2",

@@ -2,16 +2,15 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sklearn.metrics
-from conftest import ROOT, SMALL, Commands
+from conftest import SMALL, Commands, train_in
 from PIL import Image
+from ranks import command, together
 
 from convlora import IGNORED, evaluate, predict, train
 
@@ -31,31 +30,40 @@ MODEL = ("model=sam_tiny", *(option for option in SMALL if option.startswith(("m
 DATA = ("dataset=folder", "data_root=mine")
 
 
-@pytest.fixture
-def mine(cli: Commands, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Classes that differ in their noise, coloured masks with ignored pixels; three test images."""
-    rng = np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
     colors = np.array([*COLORS, [1, 2, 3]], np.uint8)
     for split, count in (("train", 8), ("val", 2), ("test", 3)):
         for kind in ("images", "masks"):
-            (tmp_path / "mine" / split / kind).mkdir(parents=True)
+            (folder / "mine" / split / kind).mkdir(parents=True)
         for i in range(count):
             ids = np.repeat(rng.permuted([[0, 1, 2], [2, 0, 1]], axis=1), 24, axis=0).repeat(18, axis=1)
             noise = rng.normal(0, 1, (*ids.shape, 3)) * np.array([0, 30, 120])[ids][..., None]
             image = np.clip(128 + noise, 0, 255).astype(np.uint8)
             ids[:, :6] = 3
-            Image.fromarray(image).save(tmp_path / f"mine/{split}/images/{i}.png")
-            Image.fromarray(colors[ids]).save(tmp_path / f"mine/{split}/masks/{i}.png")
-    return tmp_path / "mine"
+            Image.fromarray(image).save(folder / f"mine/{split}/images/{i}.png")
+            Image.fromarray(colors[ids]).save(folder / f"mine/{split}/masks/{i}.png")
+    return folder
 
 
 @pytest.fixture
-def run(cli: Commands, mine: Path) -> Path:
+def mine(cli: Commands, place: Path) -> Path:
+    """A copy of the images in the present folder."""
+    return Path(shutil.copytree(place / "mine", "mine"))
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
     options = ("loading.batch_size=2", "optimizer.lr=1e-2", "trainer.max_epochs=15", "logger=wandb")
-    done = cli(train, *DATA, *CLASSES, *MODEL, *options, "run_dir=run")
-    assert done.code == 0, done.err
-    assert "iou_sand" in done.out
-    return Path("run")
+    return train_in(place, *DATA, *CLASSES, *MODEL, *options)
+
+
+@pytest.fixture
+def run(mine: Path, trained: Path) -> Path:
+    """A copy in the present folder."""
+    return Path(shutil.copytree(trained, "run"))
 
 
 def truth(path: Path) -> np.ndarray:  # type: ignore[type-arg]
@@ -73,7 +81,9 @@ def test_classes_are_learnt_scored_and_predicted_alike(cli: Commands, run: Path)
     left = {path.name for path in run.iterdir()}
     assert left >= {"overlays.png", "images.csv", "confusion.csv", "confusion.png", "reliability.png"}
     checkpoint = f"checkpoint={run}/adapter.safetensors"
-    assert cli(evaluate, checkpoint, *DATA, *CLASSES, "output=out").code == 0
+    done = cli(evaluate, checkpoint, *DATA, *CLASSES, "output=out")
+    assert done.code == 0, done.err
+    assert "iou_sand" in done.out
     record = json.loads(Path("out/scores.json").read_text())
     assert {name: record[name] for name in summary["test"]} == pytest.approx(summary["test"], abs=1e-6)
     found = cli(predict, checkpoint, "input=mine/test/images", "output=found", "overlays=true",
@@ -97,20 +107,12 @@ def test_classes_are_learnt_scored_and_predicted_alike(cli: Commands, run: Path)
     assert rows == matrix.tolist()
 
 
-@pytest.mark.slow
-def test_two_ranks_score_several_classes_as_one_does(run: Path) -> None:
-    for name, devices in (("one", "1"), ("two", "2")):
-        arguments = [
-            f"checkpoint={run}/adapter.safetensors",
-            *DATA,
-            *CLASSES,
-            "loading.batch_size=1",  # sums of floats depend on what else is in a batch
-            f"trainer.devices={devices}",
-            "trainer.strategy=ddp",
-            f"output={name}",
-        ]
-        command = [sys.executable, "-m", "convlora.evaluate", *arguments]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+def test_two_ranks_score_several_classes_as_one_does(cli: Commands, run: Path, tmp_path: Path) -> None:
+    # sums of floats depend on what else is in a batch
+    common = (f"checkpoint={run}/adapter.safetensors", *DATA, *CLASSES, "loading.batch_size=1")
+    done = cli(evaluate, *common, "output=one")
+    assert done.code == 0, done.err
+    together(command, tmp_path, evaluate.__name__, *common, "output=two")
     one, two = (json.loads(Path(name, "scores.json").read_text()) for name in ("one", "two"))
     assert two["images"] == 3
     assert {k: v for k, v in two.items() if isinstance(v, float)} == pytest.approx(

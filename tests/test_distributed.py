@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, Commands
+from ranks import command, together
 
 from convlora import train
 
@@ -15,8 +16,8 @@ from convlora import train
 def test_two_ranks_train_one_model(tmp_path: Path) -> None:
     """Plain DDP: every parameter is used, each rank sees its share, one set of files is left."""
     job = [*SMALL, "trainer.devices=2", "trainer.strategy=ddp", "run_dir=run", "logger=csv"]
-    command = [sys.executable, "-m", "convlora.train", *job]
-    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    arguments = [sys.executable, "-m", "convlora.train", *job]
+    subprocess.run(arguments, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["steps"] == 2 * 3  # 10 images on two ranks, two at a time
     assert 0 <= summary["test"]["dice"] <= 1
@@ -26,7 +27,6 @@ def test_two_ranks_train_one_model(tmp_path: Path) -> None:
     assert (tmp_path / "run/overlays.png").is_file()
 
 
-@pytest.mark.slow
 def test_two_ranks_descend_as_one_process_on_the_same_images(cli: Commands, tmp_path: Path) -> None:
     """Steps of plain gradient descent on a gate without noise; the noise that another would draw differs."""
     job = (
@@ -45,10 +45,7 @@ def test_two_ranks_descend_as_one_process_on_the_same_images(cli: Commands, tmp_
     )
     done = cli(train, *job, "loading.batch_size=4", "run_dir=one")
     assert done.code == 0, done.err
-    two = ("loading.batch_size=2", "run_dir=two", "trainer.devices=2", "trainer.strategy=ddp")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-m", "convlora.train", *job, *two]
-    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    together(command, tmp_path, train.__name__, *job, "loading.batch_size=2", "run_dir=two")
     one, both = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("one", "two"))
     assert one["global_step"] == both["global_step"] == 2
     for name, value in one["state_dict"].items():

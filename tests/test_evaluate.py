@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +10,25 @@ import cv2
 import numpy as np
 import py_sod_metrics
 import pytest
-from conftest import ROOT, SMALL, Commands
+from conftest import ROOT, SMALL, Commands, train_in
+from ranks import command, together
 
-from convlora import evaluate, predict, train
+from convlora import evaluate, predict
 from convlora.data.sets.synthetic import draw_scene
 
 TEST_SET = ("dataset=synthetic", "dataset.size=48", "dataset.test_size=5", "loading.num_workers=0")
 QUIET = ("trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in(tmp_path_factory.mktemp("trained"), *SMALL, "logger=csv")
+
+
 @pytest.fixture
-def run(cli: Commands) -> Path:
-    done = cli(train, *SMALL, "logger=csv", "run_dir=run")
-    assert done.code == 0, done.err
-    return Path("run")
+def run(cli: Commands, trained: Path) -> Path:
+    """A copy in the present folder."""
+    return Path(shutil.copytree(trained, "run"))
 
 
 def scores(folder: str | Path) -> dict[str, float]:
@@ -31,7 +37,12 @@ def scores(folder: str | Path) -> dict[str, float]:
 
 
 def test_adapter_reproduces_its_scores_in_a_new_process(run: Path) -> None:
-    in_new_process(f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "output=again")
+    arguments = (f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "output=again")
+    subprocess.run(
+        [sys.executable, "-m", "convlora.evaluate", *arguments],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     expected = json.loads((run / "summary.json").read_text())["test"]
     found = scores("again")
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
@@ -50,16 +61,11 @@ def test_means_are_those_of_the_image_table(cli: Commands, run: Path) -> None:
         assert f"{scores('out')[name]:.4f}" in done.out
 
 
-def in_new_process(*arguments: str) -> None:
-    command = [sys.executable, "-m", "convlora.evaluate", *arguments]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-@pytest.mark.slow
-def test_two_ranks_score_an_odd_set_as_one_does(run: Path) -> None:
+def test_two_ranks_score_an_odd_set_as_one_does(cli: Commands, run: Path, tmp_path: Path) -> None:
     common = (f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET)
-    in_new_process(*common, "output=one")
-    in_new_process(*common, "output=two", "trainer.devices=2", "trainer.strategy=ddp")
+    done = cli(evaluate, *common, "output=one")
+    assert done.code == 0, done.err
+    together(command, tmp_path, evaluate.__name__, *common, "output=two")
     assert scores("two")["images"] == 5
     assert scores("two") == pytest.approx(scores("one"), abs=1e-6)
     assert Path("two/images.csv").read_text() == Path("one/images.csv").read_text()

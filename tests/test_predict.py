@@ -3,18 +3,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import SMALL, Commands
+from conftest import SMALL, Commands, train_in
 from numpy.typing import NDArray
 from PIL import Image
 
-from convlora import predict, train
+from convlora import predict
 
 
-@pytest.fixture
-def checkpoint(cli: Commands) -> str:
-    done = cli(train, *SMALL, "logger=csv", "run_dir=run", "trainer.max_epochs=1")
-    assert done.code == 0, done.err
-    return "checkpoint=run/adapter.safetensors"
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("trained")
+    return f"checkpoint={train_in(folder, *SMALL, 'logger=csv', 'trainer.max_epochs=1')}/adapter.safetensors"
 
 
 def photo(path: Path, height: int = 30, width: int = 50) -> None:

@@ -144,11 +144,11 @@ def test_of_several_classes_the_likeliest_is_found_with_its_probability() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "checkpointing"), [("vit", False), ("vit", True), ("tiny_vit", True)])
-def test_encoder_compiles_as_one_graph(kind: str, checkpointing: bool, tiny: SamViT) -> None:
+@pytest.mark.parametrize("kind", ["vit", "tiny_vit"])
+def test_encoder_compiles_as_one_graph_that_runs_its_blocks_again(kind: str, tiny: SamViT) -> None:
     torch.manual_seed(0)
     backbone = tiny if kind == "vit" else MobileSam(name="mobile_sam", image_size=64)
-    sam = replace(backbone, activation_checkpointing=checkpointing).build()
+    sam = replace(backbone, activation_checkpointing=True).build()
     segmenter = Segmenter(sam, ConvLoRA(num_experts=4)).train()
     images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
     results = []

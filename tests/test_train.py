@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Commands
+from conftest import SMALL, Commands, train_in
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -81,22 +81,26 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) ->
     assert {column for column in logged[0] if column.startswith("val/")} == {"val/loss", "val/dice"}
 
 
-def test_checkpoints_hold_no_frozen_tensor(cli: Commands) -> None:
-    assert cli(train, *QUIET, "run_dir=run").code == 0
-    adapter = load_file("run/adapter.safetensors")
-    assert weights("run").keys() == adapter.keys()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in(tmp_path_factory.mktemp("trained"), *QUIET, "seed=1")
+
+
+def test_checkpoints_hold_no_frozen_tensor(trained: Path) -> None:
+    adapter = load_file(trained / "adapter.safetensors")
+    assert weights(trained).keys() == adapter.keys()
     assert not any(".base." in name or name.startswith("prompt_encoder") for name in adapter)
-    assert Path("run/adapter.safetensors").stat().st_mode == Path("run/summary.json").stat().st_mode
-    moments = torch.load("run/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    assert len({(trained / name).stat().st_mode for name in ("adapter.safetensors", "summary.json")}) == 1
+    moments = torch.load(trained / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     assert len(moments) == len(adapter)
 
 
-def test_same_seed_same_weights(cli: Commands) -> None:
-    for run, seed, workers in (("a", 1, 0), ("b", 1, 2), ("c", 2, 0)):
+def test_same_seed_same_weights(cli: Commands, trained: Path) -> None:
+    for run, seed, workers in (("alike", 1, 2), ("other", 2, 0)):
         done = cli(train, *QUIET, f"run_dir={run}", f"seed={seed}", f"loading.num_workers={workers}")
         assert done.code == 0, done.err
-    assert same(weights("a"), weights("b"))
-    assert not same(weights("a"), weights("c"))
+    assert same(weights("alike"), weights(trained))
+    assert not same(weights("other"), weights(trained))
 
 
 def test_dry_run_says_what_is_known_and_what_is_not_there(cli: Commands) -> None:
@@ -221,7 +225,7 @@ def test_run_folder_that_cannot_be_written_is_named(cli: Commands) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_half_precision_trains(cli: Commands, precision: str) -> None:
-    done = cli(train, *QUIET, "run_dir=run", f"trainer.precision={precision}")
+    done = cli(train, *QUIET, "run_dir=run", f"trainer.precision={precision}", "trainer.max_epochs=1")
     assert done.code == 0, done.err
     assert all(
         torch.isfinite(value).all() and value.dtype == torch.float32 for value in weights("run").values()

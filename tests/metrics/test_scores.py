@@ -8,8 +8,8 @@ import py_sod_metrics
 import pytest
 import sklearn.metrics
 import torch
-import torch.multiprocessing
 from numpy.typing import NDArray
+from ranks import together
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from scoring import (
@@ -396,9 +396,8 @@ def test_mistakes_in_the_configuration_are_named(changes: dict, message: str) ->
         Scores(**settings)
 
 
-@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(score_share, (2, str(tmp_path)), nprocs=2)
+    together(score_share, tmp_path)
     for name in FILES:
         alone, images = collection(name), images_for(name)
         assert len(images) % 2 == 1

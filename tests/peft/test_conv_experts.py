@@ -78,15 +78,16 @@ def test_any_scales_equal_literal_form_on_global_grids(
     assert_same_function(experts, torch.randn(len(scales), *size, 3), choice, torch.rand(len(scales), 2))
 
 
+def test_experts_of_one_scale_are_two() -> None:
+    experts = make([2, 2, 0.5], "gelu", "bicubic")
+    assert_same_function(experts, torch.randn(3, 9, 13, 3), torch.tensor([[0], [1], [2]]), torch.rand(3, 1))
+
+
 def test_an_axis_is_cut_into_tiles_where_the_reach_is_short() -> None:
-    """At scale 2 a token reads 3 beyond its own; at 1/4 so many that tiles would be no smaller."""
-    axes = {s: axis_of(64, (s,), "bicubic", "gelu", torch.device("cpu")) for s in (0.25, 1, 2, 3)}
-    assert {scale: tuple(axis.tokens.shape) for scale, axis in axes.items()} == {
-        0.25: (1, 64),
-        1: (4, 18),
-        2: (4, 22),
-        3: (4, 20),
-    }
+    """At scale 2 a token reads 3 beyond its own, beside others too; at 1/4 tiles would be no smaller."""
+    expected = {(0.25,): (1, 64), (1,): (4, 18), (2,): (4, 22), (3,): (4, 20), (1, 2): (4, 22)}
+    axes = {scales: axis_of(64, scales, "bicubic", "gelu", torch.device("cpu")) for scales in expected}
+    assert {scales: tuple(axis.tokens.shape) for scales, axis in axes.items()} == expected
 
 
 @pytest.mark.parametrize(("scale", "points"), [(1.1, 11), (0.1, 1), (1 / 3, 4), (0.01, 1), (2.7, 27)])

@@ -55,6 +55,7 @@ def test_prompts_enter_the_inputs_of_the_chosen_blocks(
 ) -> None:
     torch.manual_seed(0)
     adapted = SamAdapter(blocks=blocks).inject(tiny.build().image_encoder)
+    nn.init.normal_(adapted.base.pos_embed)
     nn.init.normal_(adapted.up.weight)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(adapted(images), literal(adapted, images, prompted))

@@ -139,6 +139,18 @@ def test_shallow_prompts_pass_through_the_blocks_named(tiny: SamViT) -> None:
     torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_are_drawn_as_far_as_the_paper_draws_them(tiny: SamViT) -> None:
+    """Uniform within sqrt(6 / (3 * 4 * 4 + 16)), for patches of 4 pixels and 16 channels."""
+    torch.manual_seed(0)
+    encoder = DeepPrompts(num_prompts=500).inject(build(tiny))
+    bound = (6 / 64) ** 0.5
+    drawn = [block.prompts.detach() for block in encoder.blocks]
+    for prompts in drawn:
+        assert 0.99 * bound < prompts.abs().max() <= bound
+        assert prompts.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert not torch.equal(*drawn)
+
+
 def test_no_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"peft.num_prompts=0 must be at least 1"):
         DeepPrompts(num_prompts=0)
