@@ -212,6 +212,33 @@ def draw_confusion(counts: NDArray[np.int64], names: Sequence[str], path: Path) 
     figure.savefig(path, dpi=100)
 
 
+def draw_curves(
+    curves: Mapping[str, Sequence[tuple[int, float]]], score: str, best: float | None, path: Path
+) -> None:
+    """Draw how a training went: losses, scores in validation, learning rate.
+
+    Args:
+        curves: name -> pairs of step and value, as `train/loss` and `val/dice`.
+        score: the one that chose the epoch.
+        best: its value there, marked; None where there was none.
+        path: PNG.
+    """
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    losses, scores, rate = figure.subplots(1, 3)
+    for name, points in curves.items():
+        axis = rate if name == "train/lr" else losses if name.endswith("loss") else scores
+        marker = "o" if name.startswith("val/") else None
+        [line] = axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name)
+        chosen = [point for point in points if name == score and point[1] == best]
+        if chosen:
+            axis.plot(*chosen[0], marker="*", markersize=12, color=line.get_color())
+            line.set_label(f"{name}, chosen at {best:.4f}")
+    for axis, label in ((losses, "loss"), (scores, "score"), (rate, "learning rate")):
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
 def draw_routing(
     split: Mapping[str, NDArray[np.float64]],
     entropies: Sequence[float],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convlora.run import FREE, SUMMARY, flatten, read_record
+from convlora.run import SUMMARY, flatten, matters, read_record
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     return [
         key
         for key in keys
-        if len({run.arguments.get(key) for run in runs}) > 1
-        and key != "seed"
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        if len({run.arguments.get(key) for run in runs}) > 1 and key != "seed" and matters(key)
     ]
 
 

@@ -28,8 +28,9 @@ from convlora.segmenter import Segmenter
 
 MEBIBYTE = 2**20
 RECORD, LAST, BEST, SUMMARY = "config.yaml", "last.ckpt", "best.ckpt", "summary.json"
+METRICS = "metrics.csv"
 # What a run writes before its first step; all else in its folder is somebody's
-OWN = (RECORD, f"{RECORD}.new", "hparams.yaml", "metrics.csv", "wandb", "tensorboard", ".lock")
+OWN = (RECORD, f"{RECORD}.new", "hparams.yaml", METRICS, "wandb", "tensorboard", ".lock")
 # Settings in which a resumed run may differ: where things lie, and what is shown of them.
 FREE = (
     "command",
@@ -216,7 +217,7 @@ def check_same_settings(folder: Path, config: Mapping[str, Any]) -> None:
         f"{key} was {record.get(key)}, is {given.get(key)}"
         for key in dict.fromkeys([*record, *given])
         if record.get(key) != given.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        and matters(key)
         and not (key == "loading.cache" and record.get(key) and given.get(key))
     ]
     if differing:
@@ -224,6 +225,11 @@ def check_same_settings(folder: Path, config: Mapping[str, Any]) -> None:
             f"resume={folder} is another run with these settings: {'; '.join(differing)}; leave them out to "
             "go on with the run, or train anew in another run_dir"
         )
+
+
+def matters(key: str) -> bool:
+    """Return whether a run's result may follow from a setting."""
+    return not any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -251,6 +257,17 @@ def keep_metrics(logger: CSVLogger, path: Path, step: int) -> None:
         row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step
     )
     logger.save()
+
+
+def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return what a run logged: name -> pairs of optimiser steps done and value, in their order."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with (folder / METRICS).open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if name not in ("epoch", "step") and value:
+                    curves.setdefault(name, []).append((int(row["step"]) + 1, float(value)))
+    return curves
 
 
 def what_is_kept(folder: Path, trainer: Trainer, error: BaseException) -> str:

@@ -9,7 +9,7 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
-from convlora import adapter, results, run
+from convlora import adapter, draw, results, run
 from convlora.announce import announce, devices_of
 from convlora.build import Parts, make_parts, make_segmenter, make_trainer, match_width
 from convlora.callbacks import Overlays, finish_wandb, make_progress, render_scores, test_each
@@ -170,6 +170,7 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
     if trainer.is_global_zero:  # before the test, which may still meet a damaged image
         adapter.save(path, task.state_dict(), task.metadata)
     results = test_each(trainer, task, parts.tests, folder)
+    settings = run.flatten(run.read_record(folder))
     score = None if best.best_model_score is None else best.best_model_score.item()
     if trainer.is_global_zero:
         first = parts.data.name
@@ -182,7 +183,10 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
             "trainable_parameters": run.count(task.segmenter, trainable=True),
             "total_parameters": run.count(task.segmenter),
             **task.facts,
+            "settings": {key: value for key, value in settings.items() if run.matters(key)},
         }
+        curves = {name: points for name, points in run.read_curves(folder).items() if name[:5] != "test/"}
+        draw.draw_curves(curves, str(best.monitor), score, folder / "curves.png")
         run.write_json(folder / run.SUMMARY, summary)
         console.print(render_scores(results))
         console.print(f"adapter: {path}")
@@ -193,7 +197,7 @@ def make_loggers(config: Config, folder: Path, checkpoint: dict[str, Any] | None
     """Return the CSV logger and the chosen one; a resumed run keeps the curves it had."""
     table = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
     if checkpoint is not None:
-        run.keep_metrics(table, folder / "metrics.csv", checkpoint["global_step"])
+        run.keep_metrics(table, folder / run.METRICS, checkpoint["global_step"])
     chosen: Logger = make("logger", config, save_dir=str(folder))
     return [table] if isinstance(chosen, CSVLogger) else [table, chosen]
 

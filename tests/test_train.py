@@ -64,6 +64,7 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) ->
         "metrics.csv",
         "config.yaml",
         "overlays.png",
+        "curves.png",
         "wandb",
     }
     assert {"peft.rank: 3", "optimizer.lr: 0.001"} <= set(Path("run/hparams.yaml").read_text().splitlines())
@@ -74,6 +75,8 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) ->
     assert summary["trainable_parameters"] == trainable
     assert summary["steps"] == 2 * 3  # 5 batches an epoch, the last one alone
     assert 0 <= summary["test"]["dice"] <= 1
+    assert (summary["settings"]["peft.rank"], summary["settings"]["seed"]) == (3, 0)
+    assert not {"data_root", "run_dir", "logger.project"} & summary["settings"].keys()
     assert yaml.safe_load(Path("run/config.yaml").read_text())["peft"]["num_experts"] == 8
     with Path("run/metrics.csv").open() as file:
         logged = list(csv.DictReader(file))
