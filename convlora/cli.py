@@ -40,6 +40,7 @@ USER_ERRORS = (
     OmegaConfBaseException,
     MisconfigurationException,
 )
+NO_SETTINGS = ("resume", "run_dir", "sweep", "sweep_dir")
 FOLDER_NAME = 120  # characters of a sweep's folder at most
 
 
@@ -85,6 +86,8 @@ def command(
 
         def run_job(cfg: DictConfig, output: str | None) -> Any:
             _refuse_deleted(cfg)
+            if output is None and HydraConfig.get().sweeper.params:
+                raise ValueError("sweep=... is for several runs; add -m")
             config = check_keys("", schema, resolve(cfg))
             if folder is not None and output is not None:
                 config[folder] = output
@@ -92,10 +95,11 @@ def command(
             begun = rejoin is not None and output is not None and (Path(output) / RECORD).is_file()
             if begun:
                 config["resume"] = output
-                given.append(assign("resume", output))
+            if config.get("resume"):
+                given.append(assign("resume", config["resume"]))
             # for the processes of further devices, which Lightning starts with the arguments of this one; a
             # launcher's process has arguments of its own
-            sys.argv[:] = [program, *_surroundings(arguments), *HydraConfig.get().overrides.task, *given]
+            sys.argv[:] = [program, *_surroundings(arguments), *_settings(), *given]
             return (rejoin if rejoin is not None and begun else job)(schema(**config))
 
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra hands its exceptions on instead of printing them
@@ -117,11 +121,12 @@ def command(
 
 def given_overrides() -> list[str]:
     """Return the arguments of this job that set a value or choose a file, as a user writes them."""
-    given = [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
-    return [
-        *_surroundings(sys.argv[1:]),
-        *(each for each in given if _key(each) not in ("resume", "run_dir")),
-    ]
+    return [*_surroundings(sys.argv[1:]), *(each.removeprefix("++") for each in _settings())]
+
+
+def _settings() -> list[str]:
+    """Return the arguments of this job, less those that say where and among which others it runs."""
+    return [each for each in HydraConfig.get().overrides.task if _key(each) not in NO_SETTINGS]
 
 
 def _surroundings(arguments: Sequence[str]) -> list[str]:
@@ -204,7 +209,7 @@ def _refuse_emptied(arguments: Sequence[str], schema: Callable[..., Any]) -> Non
         key, _, value = argument.partition("=")
         if key[:1] == "~" and key[1:] in needed:
             raise ValueError(f"{key} takes away what the command needs; leave it out, or set {key[1:]}=...")
-        if value == "null" and key != "experiment" and (CONF / key).is_dir():
+        if value == "null" and key not in ("experiment", "sweep") and (CONF / key).is_dir():
             names = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
             raise ValueError(f"{key}=null leaves nothing to build; {suggest('', names)}")
 

@@ -12,7 +12,7 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-def compose(name: str, *overrides: str) -> DictConfig:
+def compose(name: str, *overrides: str, return_hydra_config: bool = False) -> DictConfig:
     """conf/<name>.yaml with the defaults that it names."""
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose(name, list(overrides))
+        return hydra.compose(name, list(overrides), return_hydra_config)

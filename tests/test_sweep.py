@@ -2,12 +2,15 @@
 
 import csv
 import json
+import math
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Commands
+import yaml
+from composed import compose, names
+from conftest import ROOT, SMALL, Commands
 from processes import Training
 
 from convlora import results, train
@@ -106,3 +109,29 @@ def test_a_job_in_the_folder_of_another_run_is_refused(cli: Commands) -> None:
     assert done.code == 1
     assert "error: resume=" in done.out
     assert "peft.rank was 2, is 3" in done.out
+
+
+@pytest.mark.parametrize("name", names("sweep"))
+def test_a_sweep_of_conf_tries_settings_that_there_are(cli: Commands, name: str) -> None:
+    params = compose("train", f"sweep={name}", return_hydra_config=True).hydra.sweeper.params
+    tried = math.prod(len(values.split(",")) for values in params.values())
+    shape = ("dataset=synthetic", "model=sam_tiny") if name != "data_sets" else ("model=sam_tiny",)
+    done = cli(train, "-m", *shape, f"sweep={name}", "dry_run=true", "sweep_dir=sweep")
+    assert done.code == 0, done.err
+    assert done.out.count("run folder") == tried
+    alone = cli(train, f"sweep={name}", "dry_run=true")
+    assert (alone.code, alone.err.splitlines()[-1]) == (1, "error: sweep=... is for several runs; add -m")
+
+
+def test_the_search_of_wandb_varies_settings_that_there_are(cli: Commands) -> None:
+    search = yaml.safe_load((ROOT / "docs/wandb_sweep.yaml").read_text())
+    assert search["metric"] == {"name": "val/dice", "goal": "maximize"}
+    for end in (0, -1):
+        values = {
+            k: p.get("values", [p.get("min"), p.get("max")])[end] for k, p in search["parameters"].items()
+        }
+        done = cli(
+            train, "dataset=kvasir", "dry_run=true", *(f"{key}={value}" for key, value in values.items())
+        )
+        assert done.code == 0, done.err
+        assert "val/dice (max) chooses the epoch" in done.out
