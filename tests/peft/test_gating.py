@@ -212,10 +212,7 @@ def test_switch_weights_the_most_probable_expert_by_its_probability() -> None:
 def test_switch_uses_several_experts_from_the_start() -> None:
     torch.manual_seed(0)
     assert len(Switch().build(3, 8)(maps()).choice.unique()) > 1
-    for channels in (
-        10,
-        1000,
-    ):  # a tenth of the variance that PyTorch's usual start has, as the paper advises
+    for channels in (10, 1000):  # a tenth of the usual variance, as the paper advises
         weight = Switch().build(channels, 200).weight
         assert weight.std().item() == pytest.approx((0.1 / channels) ** 0.5, rel=0.05)
 
@@ -223,9 +220,7 @@ def test_switch_uses_several_experts_from_the_start() -> None:
 def test_the_spread_is_the_standard_deviation_over_the_tokens() -> None:
     features = Soft(sees="spread").features(maps())
     mean, std = maps().flatten(1, 2).numpy().mean(axis=1), maps().flatten(1, 2).numpy().std(axis=1)
-    torch.testing.assert_close(
-        features, torch.from_numpy(np.concatenate([mean, std], axis=1)), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(features, np.concatenate([mean, std], axis=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", [Soft(), Layer(), Uniform()], ids=str)
