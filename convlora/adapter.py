@@ -7,17 +7,16 @@ from pathlib import Path
 
 from hydra.utils import get_object
 from lightning import Fabric
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from convlora.build import (
-    CONF,
     check_precision,
     is_half,
     make_segmenter,
     say_precision,
+    settings_of,
 )
 from convlora.data.transforms import Resize
 from convlora.inference import Predictor
@@ -60,26 +59,26 @@ class Adapter:
 def describe(
     config: Config,
     class_colors: Mapping[str, Sequence[int]],
-    median_side: int,
     identity: Mapping[str, str],
     precision: str,
+    median_side: int | None = None,
 ) -> dict[str, str]:
     """Return what an adapter file says of itself.
 
     Args:
         config: it is trained with.
         class_colors: name -> RGB colour of each class, in the order of their ids.
-        median_side: of the longer sides of the images that it is trained on, px.
         identity: name and SHA-256 of the base weights.
         precision: in which it is trained, in Lightning's words.
+        median_side: of the longer sides of the images that it is trained on, px; None where it is not known.
     """
     return {
         "format": FORMAT,
         "config": json.dumps(config),
         "class_names": json.dumps(list(class_colors)),
         "class_colors": json.dumps([list(color) for color in class_colors.values()]),
-        "median_side": str(median_side),
         "precision": precision,
+        **({} if median_side is None else {"median_side": str(median_side)}),
         **identity,
     }
 
@@ -203,7 +202,7 @@ def _trusted(path: Path, section: str, config: Config) -> Config:
         raise ValueError(f"{path} needs {target}, which this version lacks; update the library") from error
     if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != target:
         raise ValueError(f"{path} asks for {target}, which is no {section} of this library; it was not built")
-    known = {OmegaConf.select(OmegaConf.load(file), "url") for file in (CONF / "model").glob("*.yaml")}
+    known = {conf.get("url") for conf in settings_of("model")}
     if config.get("url") not in known:
         raise ValueError(f"{path} asks to download {config['url']}, which conf/model/ does not know")
     arguments = {}

@@ -12,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from convlora.callbacks import ProgressBar
@@ -80,6 +80,11 @@ class Parts:
     scores: Scores
     optimizer: Optimizer
     callbacks: dict[str, Callback]
+
+
+def settings_of(group: str) -> list[DictConfig]:
+    """Return the files of a group in conf/, each as it is written."""
+    return [OmegaConf.load(path) for path in sorted((CONF / group).glob("*.yaml"))]  # type: ignore[misc]
 
 
 def make_parts(config_name: str, config: Any) -> Parts:
@@ -334,7 +339,8 @@ def say_precision(wanted: str, taken: str, device: torch.device) -> None:
     """Tell a user whose device does not compute in the precision that was asked for, or does so slowly."""
     if wanted.startswith("16") and taken.startswith("bf16"):
         log.warning("precision=%s is for GPUs; the CPU computes in %s", wanted, taken)
-    if is_half(taken) and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build
+    if is_half(taken) and device.type == "cpu" and check is not None and not check():
         log.warning(
             "precision=%s is many times slower on this CPU, which has no instructions for it; "
             "32-true is the fast one here",

@@ -20,7 +20,6 @@ from convlora.adapter import load
 from convlora.cli import command, refuse_idle
 from convlora.data.images import list_images, read_image
 from convlora.inference import Found, Predictor
-from convlora.peft.gating import BalancedGate
 from convlora.routing import Layers, locate, routed_layers
 from convlora.schema import Config
 
@@ -82,9 +81,9 @@ def predict(config: PredictConfig) -> None:
     paths = find_images(source, output)
     predictor = load(config.checkpoint, config.model["weights"], config.precision, config.device)
     layers = routed_layers(predictor.segmenter.image_encoder)
-    if config.routing and not any(isinstance(layer.gate, BalancedGate) for layer in layers.values()):
+    if config.routing and not any(layer.gate_sees_maps for layer in layers.values()):
         raise ValueError(
-            f"routing=true shows which expert each window chose, but in {config.checkpoint} no gate chooses "
+            f"routing=true shows which expert has the say where, but in {config.checkpoint} no gate chooses "
             "by the image; leave it out, or take an adapter of peft=conv_lora with peft/gate=noisy_top_k"
         )
     run.make_folder("output", output)

@@ -131,7 +131,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         segmenter.compile_encoder()
     settings = asdict(config) | {"run_dir": str(folder), "resume": None}
     colors = colors_of(data.class_names, data.class_colors)
-    metadata = adapter.describe(settings, colors, data.median_side(), identity, str(trainer.precision))
+    metadata = adapter.describe(settings, colors, identity, str(trainer.precision), data.median_side())
     facts = {
         **identity,
         "training images": data.content("train"),

@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
     segmenter, identity = make_segmenter(make("model", MODEL), make("peft", PEFT), make("head", HEAD), 1)
     for value in segmenter.trainable_state().values():
         value.normal_(std=0.1)
-    metadata = adapter.describe(CONFIG, {"thing": [1, 2, 3]}, 40, identity, "32-true")
+    metadata = adapter.describe(CONFIG, {"thing": [1, 2, 3]}, identity, "32-true", median_side=40)
     adapter.save(tmp_path / "adapter.safetensors", segmenter.trainable_state(), metadata)
     return tmp_path / "adapter.safetensors"
 

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,16 +91,18 @@ def test_every_config_file_is_short_and_explained(path: Path) -> None:
         (False, "cpu", "32-true", False),
         (False, "cuda", "bf16-mixed", False),
         (True, "cpu", "bf16-mixed", False),
+        (None, "cpu", "bf16-mixed", False),  # of a build that cannot tell
     ],
 )
 def test_a_cpu_without_half_precision_instructions_is_told(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    supported: bool,
+    supported: bool | None,
     device: str,
     precision: str,
     is_said: bool,
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    told = {} if supported is None else {"_is_mkldnn_bf16_supported": lambda: supported}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**told))
     say_precision(precision, precision, torch.device(device))
     assert ("32-true is the fast one here" in caplog.text) == is_said

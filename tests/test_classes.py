@@ -63,7 +63,7 @@ def trained(place: Path) -> Path:
 @pytest.fixture
 def run(mine: Path, trained: Path) -> Path:
     """A copy in the present folder."""
-    return Path(shutil.copytree(trained, "run"))
+    return Path(shutil.copytree(trained, "run", symlinks=True))  # some of W&B lead nowhere
 
 
 def truth(path: Path) -> np.ndarray:  # type: ignore[type-arg]

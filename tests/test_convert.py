@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import SamConfig, SamModel
 
 from convlora import adapter, convert, predict
-from convlora.build import resolve
 from convlora.sam.checkpoints import hash_file
 from convlora.sam.hugging_face import DECODER_EPS, sam_name
 from convlora.sam.zoo import SamViT
+from convlora.schema import resolve
 
 SIDE = 64
 MODEL = (
@@ -32,21 +32,21 @@ MODEL = (
     "model.num_heads=2",
     "model.global_attn_indexes=[1]",
     "model.image_size=64",
-    "model.window_size=4",
+    "model.window_size=3",
     "model.decoder_dim=32",
     "model.decoder_mlp_dim=24",
 )
 CONFIG = SamConfig(
     vision_config={
         "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "global_attn_indexes": [1],
-        "image_size": SIDE, "patch_size": 8, "window_size": 4, "output_channels": 32, "num_pos_feats": 16,
+        "image_size": SIDE, "patch_size": 8, "window_size": 3, "output_channels": 32, "num_pos_feats": 16,
     },
     prompt_encoder_config={"hidden_size": 32, "image_size": SIDE, "patch_size": 8},
     mask_decoder_config={"hidden_size": 32, "mlp_dim": 24},
 )  # fmt: skip
 TINY = SamViT(
     name="sam_tiny", embed_dim=16, depth=3, num_heads=2, global_attn_indexes=[1], image_size=SIDE,
-    patch_size=8, window_size=4, decoder_dim=32, decoder_mlp_dim=24,
+    patch_size=8, window_size=3, decoder_dim=32, decoder_mlp_dim=24,
 )  # fmt: skip
 QKV = [f"layers.{block}.attn.qkv" for block in range(3)]
 
@@ -222,6 +222,8 @@ def test_other_frozen_tensors_are_refused_with_a_way_out(run: Commands) -> None:
     refused = run(convert, *other, "model.weights=base.pth")
     assert refused.code == 1
     assert "1 of its 68 frozen tensors (first image_encoder.blocks.1.attn.qkv.weight) are not" in refused.err
+    unknown = run(convert, *other)
+    assert "model=sam_tiny has no weights of its own; set model.weights=PATH" in unknown.err
     assert not Path("a.safetensors").exists()
     assert run(convert, *other, "base=other_base.pth").code == 0
     sam = trained()
@@ -229,10 +231,14 @@ def test_other_frozen_tensors_are_refused_with_a_way_out(run: Commands) -> None:
     assert_same(masks_by("a.safetensors"), sam)
 
 
-def test_half_precision_is_widened(run: Commands) -> None:
-    state = {name: value.half() for name, value in trained().state_dict().items()}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(run: Commands, dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) for name, value in trained().state_dict().items()}
     torch.save(state, "half.pth")
     half = (*MODEL, "checkpoint=half.pth")
+    other = ("model.frozen_dtype=bfloat16", "model.image_size=48")
+    smaller = run(convert, *half, *other, "output=small.safetensors", "model.weights=base.pth")
+    assert smaller.code == 0, smaller.err
     rounded = run(convert, *half, "output=rounded.safetensors", "model.weights=base.pth")
     assert rounded.code == 0, rounded.err
     assert {value.dtype for value in load_file("rounded.safetensors").values()} == {torch.float32}
@@ -244,11 +250,32 @@ def test_half_precision_is_widened(run: Commands) -> None:
     assert_same(masks_by("exact.safetensors"), sam)
 
 
-def test_predict_takes_it_like_any_other(run: Commands) -> None:
+def test_predict_takes_it_like_any_other_from_any_folder(
+    run: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("checkpoint=model.pth", "output=a.safetensors", "base=b.pth", "class_names=[leaf]")
+    made = run(convert, *MODEL, *given)
+    assert made.code == 0, made.err
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
     Image.effect_noise((50, 40), 90).convert("RGB").save("photo.png")
-    done = run(predict, "checkpoint=whole.safetensors", "input=photo.png", "output=masks", "routing=true")
+    adapted = "checkpoint=../a.safetensors"
+    done = run(predict, adapted, "input=photo.png", "output=masks", "routing=true", "num_workers=0")
     assert done.code == 0, done.err
     assert Image.open("masks/photo.png").size == (50, 40)
+    metadata = metadata_of(Path("../a.safetensors"))
+    assert json.loads(metadata["class_names"]) == ["leaf"]
+    assert json.loads(metadata["config"])["resize"]["_target_"] == compose("train").resize._target_
+    assert "median_side" not in metadata
+
+
+def test_the_table_of_positions_is_the_one_that_a_sam_model_reads(cli: Commands) -> None:
+    sam = trained()
+    state = {name: value.clone() for name, value in sam.state_dict().items()}
+    state["prompt_encoder.shared_embedding.positional_embedding"] *= 2
+    torch.save(state, "model.pth")
+    assert cli(convert, *MODEL, "checkpoint=model.pth", "output=a.safetensors", "base=base.pth").code == 0
+    assert_same(masks_by("a.safetensors"), sam)
 
 
 def spoil(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -266,8 +293,13 @@ def spoil(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         "tokens.pth": state | {tokens: torch.zeros(4, 32)},
         "more.pth": state | {"vision_encoder.extra.weight": torch.zeros(1)},
         "ia3.pth": state | {f"{layer}.lora_b": torch.zeros(48, 1)},
-        "decoder.pth": state | {"mask_decoder.upscale_conv1.lora_A": torch.zeros(2, 32)},
+        "decoder.pth": state | {"mask_decoder.upscale_conv1.lora_A": torch.zeros(2, 8)},
+        "history.pth": state | {f"{layer}.lora_moe_gating.history": torch.zeros(4)},
         "less.pth": {name: value for name, value in state.items() if "layer_norm3" not in name},
+        "expert.pth": {name: value for name, value in state.items() if "experts.2.0.bias" not in name},
+        "nan.pth": state | {"mask_decoder.upscale_conv1.bias": torch.full((8,), torch.nan)},
+        "iou.pth": state | {"mask_decoder.iou_prediction_head.proj_out.weight": torch.zeros(1, 32)},
+        "none.pth": {},
         "two.pth": {f"{prefix}.{name}": value for prefix in "ab" for name, value in state.items()},
         "other.pth": {"fc.weight": torch.zeros(1)},
         "grid.pth": state | {"vision_encoder.neck.conv2.weight": torch.zeros(8, 8, 3, 3)},
@@ -288,26 +320,34 @@ class Code:
         ("checkpoint=code.pth", "SamModel: code.pth is not a plain file of tensors (truncated, or a pickle "),
         ("checkpoint=cut.pth", "SamModel: cut.pth is truncated or damaged; fetch it again."),
         ("checkpoint=cut.safetensors", "SamModel: cut.safetensors is truncated or damaged; fetch it again."),
-        ("checkpoint=plain.pth", "checkpoint=plain.pth holds neither Conv-LoRA nor LoRA (no .lora_A); name"),
+        ("checkpoint=plain.pth", "checkpoint=plain.pth holds neither Conv-LoRA nor LoRA in the image encod"),
         ("checkpoint=huge.pth", "checkpoint=huge.pth adapts an encoder of 1280 channels, model=sam_tiny "
          "has another; set model=sam_vit_h"),
         ("checkpoint=odd.pth", "checkpoint=odd.pth adapts an encoder of 17 channels, model=sam_tiny has "
          "another; no model= here has so many"),
-        ("checkpoint=classes.pth", "checkpoint=classes.pth predicts several masks (1 mask tokens), as of se"),
-        ("checkpoint=tokens.pth", "checkpoint=tokens.pth predicts several masks (4 mask tokens), as of seve"),
-        ("checkpoint=more.pth", "checkpoint=more.pth holds vision_encoder.extra.weight, which is no part of"),
-        ("checkpoint=ia3.pth", "checkpoint=ia3.pth holds vision_encoder.layers.0.attn.qkv.lora_b, which is"),
-        ("checkpoint=decoder.pth", "checkpoint=decoder.pth holds mask_decoder.upscale_conv1.lora_A, which i"),
-        ("checkpoint=less.pth", "the checkpoint's trained tensors do not fit: 4 missing (first mask_decoder"),
+        ("checkpoint=classes.pth", "checkpoint=classes.pth tells several classes apart (mask_decoder.output"),
+        ("checkpoint=tokens.pth", "checkpoint=tokens.pth tells several classes apart (4 mask tokens), which"),
+        ("checkpoint=more.pth", "checkpoint=more.pth holds image_encoder.extra.weight, which is no part of"),
+        ("checkpoint=ia3.pth", "checkpoint=ia3.pth holds image_encoder.blocks.0.attn.qkv.lora_b, which is"),
+        ("checkpoint=decoder.pth", "checkpoint=decoder.pth holds mask_decoder.output_upscaling.0.lora_A, wh"),
+        ("checkpoint=less.pth", "checkpoint=less.pth is incomplete or no Conv-LoRA as released: of the tra"),
         ("checkpoint=two.pth", "two.pth must hold the tensors of one SamModel, vision_encoder., mask_decoder."
          " and so on below a common prefix, but there are several, below a. and b. in its"),
         ("checkpoint=other.pth", "other.pth must hold the tensors of one SamModel, vision_encoder., mask_de"),
-        ("checkpoint=grid.pth", "checkpoint: grid.pth holds another model; of 68 tensors, 1 of another shap"),
+        ("checkpoint=grid.pth", "checkpoint=grid.pth: 1 of its 68 frozen tensors (first image_encoder.neck."),
+        ("checkpoint=grid.pth base=b.pth", "checkpoint: grid.pth holds another model; of "),
+        ("checkpoint=iou.pth base=b.pth", "checkpoint: iou.pth holds another model; of "),
+        ("checkpoint=expert.pth", "checkpoint=expert.pth is incomplete or no Conv-LoRA as released"),
+        ("checkpoint=nan.pth", "checkpoint=nan.pth has values in mask_decoder.output_upscaling.0.bias that "),
+        ("checkpoint=none.pth", "none.pth must hold the tensors of one SamModel, vision_encoder., mask_deco"),
+        ("checkpoint=history.pth", "checkpoint=history.pth holds image_encoder.blocks.0.attn.qkv.lora_moe_g"),
+        ("checkpoint=model.pth alpha=nan", "peft.alpha=nan must be positive; 32 is the released value"),
+        ("checkpoint=model.pth model.decoder_eps=1e-3", "model.decoder_eps is 1e-06 in all that AutoGluon t"),
         ("checkpoint=model.pth output=a.pth", "output=a.pth must be a file name that ends in .safetensors"),
         ("checkpoint=model.pth output=whole.safetensors", "output=whole.safetensors is there already; choos"),
         ("checkpoint=model.pth base=base.pth", "base=base.pth is there already; choose another name or remo"),
         ("checkpoint=model.pth base=b.safetensors", "base=b.safetensors must be a file name that ends in .p"),
-        ("checkpoint=parts.pth base=b.pth", "b.pth would need the whole model, but parts.pth lacks "),
+        ("checkpoint=parts.pth base=b.pth", "parts.pth lacks "),
         ("checkpoint=model.pth class_names=[a,b]", "class_names=['a', 'b'] must be one name, that of the fo"),
         ("", "checkpoint must be given; write checkpoint=VALUE"),
     ],
@@ -322,6 +362,7 @@ def test_what_cannot_be_converted_is_told_in_one_line(run: Commands, arguments: 
     Path("cut.pth").write_bytes(Path("model.pth").read_bytes()[:-100])
     Path("cut.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-100])
     given = [] if "output=" in arguments else ["output=a.safetensors"]
+    given += [] if "base=" in arguments else ["model.weights=base.pth"]
     done = run(convert, *MODEL, *given, *arguments.split())
     assert done.code == 1
     assert "Traceback" not in done.err

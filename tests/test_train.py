@@ -38,7 +38,7 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) ->
     assert said["data"] == "synthetic: 10 train, 3 val, 5 test images; classes object"
     assert said["model"] == "sam_tiny at 64 px, random weights"
     assert said["parameters"].startswith(f"{trainable:,} trainable of ")
-    assert said["method"].startswith("ConvLoRA(gate=NoisyTopK(sees=mean,")
+    assert said["method"].startswith("ConvLoRA(gate=NoisyTopK(top_k=1, sees=mean,")
     assert said["loss"] == "StructureLoss(boundary_weighted=True)"
     assert said["scores"].startswith("dice, iou, mae, ")
     assert "val/dice (max) chooses the epoch" in done.out

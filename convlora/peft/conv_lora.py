@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from convlora.peft.conv_experts import Activation, ConvExperts, Interpolation
 from convlora.peft.gating import Gate, NoisyTopK
-from convlora.peft.lora import LoRALinear, check_rate
+from convlora.peft.lora import LoRALinear, check_alpha, check_rate
 from convlora.peft.method import LinearMethod
 
 EXPERTS = 8  # where nothing is said, as released
@@ -67,6 +67,7 @@ class ConvLoRAEquationLinear(LoRALinear):
     ):
         super().__init__(base, rank, alpha, b_rate)
         self.gate = gate.build(rank, len(scales))
+        self.gate_sees_maps = gate.sees_maps
         self.experts = ConvExperts(rank, scales, self.activation, interpolation)
 
     def bottleneck(self, z: Tensor) -> Tensor:
@@ -167,6 +168,10 @@ class ConvLoRA(ConvLoRAEquation):
     """
 
     alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_alpha(self.alpha)
 
     def adapt(self, layer: nn.Linear) -> ConvLoRALinear:
         return ConvLoRALinear(

@@ -8,7 +8,7 @@ Trillion Parameter Models with Simple and Efficient Sparsity", JMLR 2022, arXiv:
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ class Routes(NamedTuple):
 
 class Gate(ABC):
     """A recipe for the gates of a mixture."""
+
+    sees_maps: ClassVar[bool] = True
+    """Whether the weights of the experts follow from the map."""
 
     @abstractmethod
     def build(self, channels: int, num_experts: int) -> nn.Module:
@@ -70,6 +73,13 @@ class Balanced(Gate):
     def num_features(self, channels: int) -> int:
         """Return how many numbers it sees of a map."""
         return 2 * channels if self.sees == "spread" else channels
+
+    def features(self, z: Tensor) -> Tensor:
+        """Return what it sees of maps [n, h, w, channels]: [n, num_features]."""
+        mean = z.mean(dim=(1, 2))
+        if self.sees == "mean":
+            return mean
+        return torch.cat([mean, (z.var(dim=(1, 2), correction=0) + LEAST_VARIANCE).sqrt()], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +135,8 @@ class Soft(Balanced):
 class Layer(Gate):
     """Every expert, with weights that a layer learns once for all maps."""
 
+    sees_maps = False
+
     def build(self, channels: int, num_experts: int) -> "LayerGate":
         """Return a gate that weights all experts alike."""
         return LayerGate(num_experts)
@@ -133,6 +145,8 @@ class Layer(Gate):
 @dataclass(frozen=True)
 class Uniform(Gate):
     """Every expert with the same weight; nothing is learnt."""
+
+    sees_maps = False
 
     def build(self, channels: int, num_experts: int) -> "UniformGate":
         """Return the gate; it has no parameters."""
@@ -153,17 +167,15 @@ class BalancedGate(HasAuxLoss, ABC):
 
     def __init__(self, recipe: Balanced):
         super().__init__()
-        self.sees = recipe.sees
-        self.balance = recipe.balance
-        self.schedule = recipe.schedule
+        self.recipe = recipe
 
     def aux_weight(self, progress: float) -> float:
-        return 1 - progress if self.schedule == "linear" else 1.0
+        return 1 - progress if self.recipe.schedule == "linear" else 1.0
 
     def forward(self, z: Tensor) -> Routes:
         """Route maps [n, h, w, channels]."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.route(features_of(z.float(), self.sees))
+            return self.route(self.recipe.features(z.float()))
 
     @abstractmethod
     def route(self, features: Tensor) -> Routes:
@@ -177,7 +189,7 @@ class NoisyTopKGate(BalancedGate):
     balance loss alone, which is how the published Conv-LoRA was trained. Noise in training only.
 
     Args:
-        recipe: its settings.
+        recipe: what it sees, how many experts it keeps, and how they are balanced.
         channels: of the maps.
         num_experts: to choose from.
     """
@@ -195,13 +207,13 @@ class NoisyTopKGate(BalancedGate):
         std = F.softplus(features @ self.noise_weight.float()) + NOISE_FLOOR
         noisy = clean + torch.randn_like(clean) * std
         routes = route(noisy, self.top_k)
-        if self.balance:
+        if self.recipe.balance:
             importance = torch.zeros_like(noisy).scatter(1, *routes)
             if self.top_k < noisy.shape[1]:
                 load = prob_in_top_k(clean, noisy, std, self.top_k)
             else:
                 load = torch.ones_like(noisy)
-            self.aux_loss = balance_loss(importance, load, self.balance)
+            self.aux_loss = balance_loss(importance, load, self.recipe.balance)
         return routes
 
 
@@ -212,7 +224,7 @@ class SwitchGate(BalancedGate):
     the maps that expert i got and P_i its mean probability.
 
     Args:
-        recipe: its settings.
+        recipe: what it sees, and how its experts are balanced.
         channels: of the maps.
         num_experts: E.
     """
@@ -226,9 +238,9 @@ class SwitchGate(BalancedGate):
     def route(self, features: Tensor) -> Routes:
         probs = (features @ self.weight.float()).softmax(dim=1)
         gates, choice = probs.max(dim=1, keepdim=True)
-        if self.training and self.balance:
+        if self.training and self.recipe.balance:
             share = torch.zeros_like(probs).scatter(1, choice, 1.0).mean(dim=0)
-            self.aux_loss = self.balance * probs.shape[1] * (share * probs.mean(dim=0)).sum()
+            self.aux_loss = self.recipe.balance * probs.shape[1] * (share * probs.mean(dim=0)).sum()
         return Routes(choice, gates)
 
 
@@ -236,7 +248,7 @@ class SoftGate(BalancedGate):
     """Weights all experts by a softmax; the balance loss is balance * CV^2(importance).
 
     Args:
-        recipe: its settings.
+        recipe: what it sees, and how its experts are balanced.
         channels: of the maps.
         num_experts: to weight.
     """
@@ -247,8 +259,8 @@ class SoftGate(BalancedGate):
 
     def route(self, features: Tensor) -> Routes:
         gates = (features @ self.weight.float()).softmax(dim=1)
-        if self.training and self.balance:
-            self.aux_loss = self.balance * cv_squared(gates.sum(dim=0))
+        if self.training and self.recipe.balance:
+            self.aux_loss = self.recipe.balance * cv_squared(gates.sum(dim=0))
         return to_all(gates)
 
 
@@ -285,14 +297,6 @@ class UniformGate(nn.Module):
         return to_all(torch.full(shape, 1 / self.num_experts, dtype=torch.float32, device=z.device))
 
 
-def features_of(z: Tensor, sees: Sees) -> Tensor:
-    """Return what a gate sees of maps [n, h, w, channels]: as many numbers as `num_features` says."""
-    mean = z.mean(dim=(1, 2))
-    if sees == "mean":
-        return mean
-    return torch.cat([mean, (z.var(dim=(1, 2), correction=0) + LEAST_VARIANCE).sqrt()], dim=1)
-
-
 def to_all(gates: Tensor) -> Routes:
     """Send each map to every expert, with weights [n, e]."""
     return Routes(torch.arange(gates.shape[1], device=gates.device).expand_as(gates), gates)
@@ -304,7 +308,7 @@ def route(logits: Tensor, top_k: int) -> Routes:
     return Routes(top.indices, top.values.softmax(dim=1))
 
 
-def balance_loss(gates: Tensor, load: Tensor, weight: float = BALANCE_WEIGHT) -> Tensor:
+def balance_loss(gates: Tensor, load: Tensor, weight: float) -> Tensor:
     """Return weight (CV^2(importance) + CV^2(load)), low where all experts are used alike.
 
     Args:

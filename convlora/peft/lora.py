@@ -75,10 +75,17 @@ class LoRA(LinearMethod):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"peft.rank={self.rank} must be at least 1")
+        check_alpha(self.alpha)
         check_rate(self.b_rate)
 
     def adapt(self, layer: nn.Linear) -> LoRALinear:
         return LoRALinear(layer, self.rank, self.alpha, self.b_rate)
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse a scale of the update that is none; raises ValueError."""
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"peft.alpha={alpha} must be positive; 32 is the released value")
 
 
 def check_rate(b_rate: float) -> None:

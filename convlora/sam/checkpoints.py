@@ -56,7 +56,7 @@ def read(name: str, path: Path, way_out: str = "take the official checkpoint") -
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{name}: {path} is not a plain file of tensors (truncated, or a pickle that could run code) and "
-            f"was not loaded; {way_out}. {_first_line(error)}"
+            f"was not loaded; {way_out}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
@@ -67,6 +67,13 @@ def read(name: str, path: Path, way_out: str = "take the official checkpoint") -
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{name}: {path} holds no dictionary of tensors; {way_out}")
     return state
+
+
+def write(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors that `read` takes."""
+    new = path.with_name(f"{path.name}.new")
+    torch.save(dict(state), new)
+    new.replace(path)
 
 
 def check_fit(name: str, path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -4,10 +4,9 @@ The two compute the same, but for the epsilon of some layer norms, `Backbone.dec
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from convlora.sam import checkpoints
@@ -53,7 +52,7 @@ def sam_name(name: str) -> str:
 
 
 def read_sam_model(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in a file by the names that they have in a SamModel, whatever it is a part of.
+    """Return the tensors in a file of a SamModel, whatever it is a part of, by segment-anything's names.
 
     Raises:
         FileNotFoundError: no such file.
@@ -61,28 +60,30 @@ def read_sam_model(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}; name the one that holds the tensors, not its folder")
-    way_out = "save the tensors alone where you trust them, as torch.save(model.state_dict(), FILE)"
+    way_out = (
+        "where you trust it, save the tensors alone: torch.save(torch.load(FILE, weights_only=False)"
+        "['state_dict'], NEW_FILE)"
+    )
     state = checkpoints.read("SamModel", path, way_out)
     prefixes = sorted({found[1] for name in state if (found := _PART.match(name))})
     if len(prefixes) != 1:
         those = f"there are several, below {' and '.join(prefixes)}" if prefixes else "there is none"
+        first = f" (first {min(state)})" if state else ""
         raise ValueError(
             f"{path} must hold the tensors of one SamModel, vision_encoder., mask_decoder. and so on below a "
-            f"common prefix, but {those} in its {len(state)} tensors (first {min(state, default='')})"
+            f"common prefix, but {those} in its {len(state)} tensors{first}"
         )
-    return {name.removeprefix(prefixes[0]): tensor for name, tensor in state.items()}
+    # sorted, so that the table of positions that SamModel reads comes after its double of the prompts
+    return {sam_name(name.removeprefix(prefixes[0])): tensor for name, tensor in sorted(state.items())}
 
 
-def write_as_sam(
-    path: Path, source: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> None:
-    """Write a model of one mask as a checkpoint of segment-anything's, whose four masks all get its parts.
+def as_sam(source: Path, tensors: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Return a model of one mask as segment-anything's in float32, whose four masks all get its parts.
 
     Args:
-        path: to be written.
         source: of the tensors, for messages.
         tensors: by segment-anything's names.
-        expected: those of segment-anything's model.
+        expected: all of segment-anything's names.
 
     Raises:
         ValueError: tensors are missing.
@@ -90,11 +91,9 @@ def write_as_sam(
     sources = {name: re.sub(r"(hypernetworks_mlps)\.\d+", r"\1.0", name) for name in expected}
     if missing := sorted(set(sources.values()) - tensors.keys()):
         raise ValueError(
-            f"{path} would need the whole model, but {source} lacks {len(missing)} of its tensors (first "
-            f"{missing[0]}); take the checkpoint of the whole model"
+            f"{source} lacks {len(missing)} tensors of the whole model (first {missing[0]}), so that no base "
+            "weights can be made of it; take the checkpoint of the whole model, or leave base out"
         )
     state = {name: tensors[other].float() for name, other in sources.items()}
-    state[MASK_TOKENS] = state[MASK_TOKENS].repeat(len(expected[MASK_TOKENS]), 1)
-    new = path.with_name(f"{path.name}.new")
-    torch.save(state, new)
-    new.replace(path)
+    state[MASK_TOKENS] = state[MASK_TOKENS].repeat(4, 1)
+    return state

@@ -1,6 +1,7 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from composed import compose, names
@@ -69,7 +70,7 @@ def test_every_gate_records_its_loss_in_training_only(gate: nn.Module) -> None:
     assert aux_loss(gate) is None
     gate.train()(maps())
     loss = aux_loss(gate)
-    assert (loss is None) <= (not isinstance(gate, HasAuxLoss) or gate.balance == 0)
+    assert (loss is None) <= (not isinstance(gate, HasAuxLoss) or gate.recipe.balance == 0)
     assert loss is None or (loss.shape == () and loss.isfinite())
 
 
@@ -211,6 +212,15 @@ def test_switch_weights_the_most_probable_expert_by_its_probability() -> None:
 def test_switch_uses_several_experts_from_the_start() -> None:
     torch.manual_seed(0)
     assert len(Switch().build(3, 8)(maps()).choice.unique()) > 1
+    for channels in (10, 1000):  # a tenth of the usual variance, as the paper advises
+        weight = Switch().build(channels, 200).weight
+        assert weight.std().item() == pytest.approx((0.1 / channels) ** 0.5, rel=0.05)
+
+
+def test_the_spread_is_the_standard_deviation_over_the_tokens() -> None:
+    features = Soft(sees="spread").features(maps())
+    mean, std = maps().flatten(1, 2).numpy().mean(axis=1), maps().flatten(1, 2).numpy().std(axis=1)
+    np.testing.assert_allclose(features, np.concatenate([mean, std], axis=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", [Soft(), Layer(), Uniform()], ids=str)
