@@ -271,6 +271,12 @@ def check_trainer(config: Config) -> None:
         raise ValueError(
             f"trainer.precision={config['precision']} must be 32-true, bf16-mixed or 16-mixed; set one"
         )
+    strategy = str(config.get("strategy", "auto"))
+    if strategy.startswith(("fsdp", "deepspeed", "modelparallel")):
+        raise ValueError(
+            f"trainer.strategy={strategy} shares parameters out over devices, but so few are trained that "
+            "each device holds them all; set trainer.strategy=ddp"
+        )
     check_section("trainer", config)
     if config["devices"] in (0, "0", []):
         raise ValueError(f"trainer.devices={config['devices']} trains on nothing; set trainer.devices=1")

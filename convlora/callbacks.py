@@ -1,7 +1,9 @@
 """What a run shows of itself: progress, pictures in logs and on pages, W&B."""
 
+import csv
 import math
 import os
+import resource
 import sys
 import time
 from collections import defaultdict
@@ -10,21 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import wandb
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn
 from rich.table import Table
+from wandb.sdk.lib.runid import generate_id
 
 from convlora import draw
 from convlora.checkpoint import RunCheckpoint
-from convlora.data.module import SegmentationDataModule, Split
+from convlora.data.module import Batch, SegmentationDataModule, Split
 from convlora.inference import Predictor
 from convlora.routing import Routing
-from convlora.run import ScoreTable, write_rows
+from convlora.run import MEBIBYTE, METRICS, ScoreTable, flatten, write_rows
 from convlora.task import SegmentationTask
 
 FIXED, EXTREME = 4, 2  # samples of an overlay page: always the same ones, and the best and the worst
@@ -32,15 +37,118 @@ FIXED, EXTREME = 4, 2  # samples of an overlay page: always the same ones, and t
 console = Console(highlight=False, soft_wrap=True)
 
 
-def wandb_logger(project: str, group: str, save_dir: str) -> WandbLogger:
+def wandb_logger(
+    project: str, group: str, name: str, job_type: str, tags: Sequence[str], save_dir: str
+) -> WandbLogger:
     """Return a logger that is online where the machine is logged in to W&B and offline elsewhere.
 
-    It never asks for a login; the variable WANDB_MODE overrides the choice.
+    It never asks for a login; the variable WANDB_MODE overrides the choice. A run that goes on in the same
+    folder goes on with the same run of W&B.
+
+    Args:
+        project: of W&B's.
+        group: of runs.
+        name: of the run, which says what differs from others of its group.
+        job_type: of the run.
+        tags: of the run.
+        save_dir: the run's folder.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     # Told in so many words: the logger's own `offline` sets a variable that wandb may have read already.
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    return WandbLogger(project=project, group=group, save_dir=save_dir, mode=mode)
+    kept = Path(save_dir, "wandb", "run_id.txt")
+    identity = kept.read_text() if kept.is_file() else generate_id()
+    _keep(kept, identity)
+    return WandbLogger(
+        project=project,
+        group=group,
+        name=name,
+        job_type=job_type,
+        tags=list(tags),
+        id=identity,
+        save_dir=save_dir,
+        mode=mode,
+    )
+
+
+@rank_zero_only
+def _keep(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def publish(loggers: Sequence[Logger], folder: Path, summary: Mapping[str, Any]) -> None:
+    """Show in W&B what a run's folder holds: its pictures, its tables, and what sums it up.
+
+    Args:
+        loggers: of the run.
+        folder: of the run, below which each test set but the first has a folder of its own.
+        summary: as in summary.json.
+    """
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        run = logger.experiment
+        shown: dict[str, Any] = {}
+        for path in sorted([*folder.glob("*.png"), *folder.glob("*.csv")]) + sorted(folder.glob("*/*.png")):
+            key = f"test/{path.relative_to(folder).with_suffix('')}"
+            if path.suffix == ".png":
+                shown[key] = wandb.Image(str(path))
+            elif path.name != METRICS:
+                shown[f"{key}_table"] = _table(path)
+        run.log(shown)
+        run.summary.update({key: value for key, value in flatten(summary).items() if key[:9] != "settings."})
+
+
+def _table(path: Path) -> wandb.Table:
+    """Return a CSV file as a table in which numbers are numbers."""
+    with path.open(newline="") as file:
+        header, *lines = csv.reader(file)
+
+    def number(text: str) -> float | str | None:
+        try:
+            return float(text) if text else None
+        except ValueError:
+            return text
+
+    return wandb.Table(columns=[*header], data=[[number(text) for text in line] for line in lines])
+
+
+class Vitals(Callback):
+    """Logs what a training costs and how steep it is: images a second, memory, norm of the gradient.
+
+    The norm is of all trained parameters before it is clipped.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since, self._images = time.monotonic(), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        self._images += len(batch.images) * trainer.world_size
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Log at the steps at which the losses are logged, which alone wait for the device."""
+        if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        seconds = time.monotonic() - self._since
+        pl_module.log("train/grad_norm", norm)
+        pl_module.log("train/images_per_second", self._images / seconds)
+        pl_module.log("train/memory_mib", _memory(pl_module.device))
+        self._since, self._images = time.monotonic(), 0
+
+
+def _memory(device: torch.device) -> float:
+    """Return the peak memory so far, MiB: of the allocator on a GPU, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MEBIBYTE
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (MEBIBYTE if sys.platform == "darwin" else 1024)
 
 
 def finish_wandb() -> None:

@@ -165,7 +165,13 @@ def folder_name(overrides: str) -> str:
     return f"{name[: FOLDER_NAME - 9]}-{digest}".lstrip("-")
 
 
+def run_name(overrides: str) -> str:
+    """Return what a run is called that has these overrides of a job."""
+    return overrides.replace("+", "").replace(",", " ") or "defaults"
+
+
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def _replay(arguments: list[str], replay: Callable[[str], list[str]] | None) -> list[str]:

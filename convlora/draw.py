@@ -235,7 +235,8 @@ def draw_curves(
             line.set_label(f"{name}, chosen at {best:.4f}")
     for axis, label in ((losses, "loss"), (scores, "score"), (rate, "learning rate")):
         axis.set(xlabel="step", ylabel=label)
-        axis.legend(fontsize=8)
+        if axis.lines:  # a short run may have logged nothing
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 

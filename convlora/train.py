@@ -12,7 +12,15 @@ from rich.console import Console
 from convlora import adapter, draw, results, run
 from convlora.announce import announce, devices_of
 from convlora.build import Parts, make_parts, make_segmenter, make_trainer, match_width
-from convlora.callbacks import Overlays, finish_wandb, make_progress, render_scores, test_each
+from convlora.callbacks import (
+    Overlays,
+    Vitals,
+    finish_wandb,
+    make_progress,
+    publish,
+    render_scores,
+    test_each,
+)
 from convlora.checkpoint import (
     RunCheckpoint,
     StayStopped,
@@ -77,7 +85,7 @@ def train(config: TrainConfig) -> float | None:
         test.setup("test")
     table = run.ScoreTable()
     callbacks: list[Callback] = [*parts.callbacks.values(), RunCheckpoint("last"), StayStopped()]
-    callbacks += [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
+    callbacks += [table, Overlays(table), Vitals(), make_progress(config.trainer["enable_progress_bar"])]
     trainer = make_trainer(config.trainer, callbacks, default_root_dir=str(folder))
     trainer.strategy.checkpoint_io = WholeFiles()
     announce(config, parts, folder, trainer)
@@ -185,8 +193,10 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
             **task.facts,
             "settings": {key: value for key, value in settings.items() if run.matters(key)},
         }
-        curves = {name: points for name, points in run.read_curves(folder).items() if name[:5] != "test/"}
+        shown = ("train/loss", "train/aux_loss", "train/lr", "val/")
+        curves = {name: points for name, points in run.read_curves(folder).items() if name.startswith(shown)}
         draw.draw_curves(curves, str(best.monitor), score, folder / "curves.png")
+        publish(trainer.loggers, folder, summary)
         run.write_json(folder / run.SUMMARY, summary)
         console.print(render_scores(results))
         console.print(f"adapter: {path}")

@@ -16,13 +16,18 @@ def test_wandb_is_offline_and_silent_where_nobody_is_logged_in(
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for a login"))
     finish_wandb()
-    run = wandb_logger("convlora", "group", str(tmp_path)).experiment
-    try:
-        assert run.offline
-        assert run.project == "convlora"
-        assert run.group == "group"
-    finally:
-        finish_wandb()
+    given = ("convlora", "group", "a name", "train", ["a", "tag"], str(tmp_path))
+    ids = []
+    for _ in range(2):  # the second time as a run that goes on
+        run = wandb_logger(*given).experiment
+        try:
+            ids.append(run.id)
+            assert run.offline
+            assert (run.project, run.group, run.name) == ("convlora", "group", "a name")
+            assert (run.job_type, run.tags) == ("train", ("a", "tag"))
+        finally:
+            finish_wandb()
+    assert ids[0] == ids[1]
 
 
 def test_what_is_no_number_is_null_in_json(tmp_path: Path) -> None:

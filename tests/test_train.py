@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL, Commands, train_in
+from dashboards import dashboards
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,7 +31,8 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) -> None:
-    done = cli(train, *SMALL, "run_dir=run", "trainer.accumulate_grad_batches=2")
+    often = ("trainer.log_every_n_steps=1", "callbacks.routing.every_n_steps=2")
+    done = cli(train, *SMALL, *often, "run_dir=run", "trainer.accumulate_grad_batches=2")
     assert done.code == 0, done.err
     state = load_file("run/adapter.safetensors")
     trainable = sum(value.numel() for value in state.values())
@@ -82,6 +84,17 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) ->
         logged = list(csv.DictReader(file))
     assert sum(row["val/dice"] != "" for row in logged) == 2
     assert {column for column in logged[0] if column.startswith("val/")} == {"val/loss", "val/dice"}
+    [dashboard] = dashboards(Path("run"))
+    assert dashboard.names >= {
+        "train/loss", "train/aux_loss", "train/lr", "train/grad_norm", "train/images_per_second",
+        "train/memory_mib", "train/routing", "routing/blocks.0.attn.qkv", "val/loss", "val/dice",
+        "val/overlays", "test/dice", "test/overlays", "test/reliability", "test/curves", "test/routing",
+        "test/images_table", "test/routing_table",
+    }  # fmt: skip
+    assert dashboard.group == "synthetic/sam_tiny/conv_lora"
+    assert dashboard.tags == ["synthetic", "sam_tiny", "conv_lora"]
+    assert dashboard.summary["trainable_parameters"] == trainable
+    assert dashboard.summary["test.dice"] == pytest.approx(summary["test"]["dice"])
 
 
 @pytest.fixture(scope="module")
