@@ -106,6 +106,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     method: Method = make("peft", config.peft)
     head: Head = make("head", config.head)
     check_trainer(config.trainer)
+    check_nodes(config)
     check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     outline = make_outline(backbone, method, head, data.num_classes)
@@ -285,6 +286,21 @@ def check_trainer(config: Config) -> None:
             f"trainer.max_epochs={config['max_epochs']} must be at least 1, the number of epochs over which "
             "the learning rate falls to 0"
         )
+
+
+def check_nodes(config: Any) -> None:
+    """Refuse a training on several nodes, each of which would name the run's folder by its own clock.
+
+    Args:
+        config: attributes by the names of the groups in conf/.
+
+    Raises:
+        ValueError: it is one.
+    """
+    nodes = config.trainer.get("num_nodes") or 1
+    overrides = HydraConfig.get().overrides.task
+    if nodes > 1 and not any(override.lstrip("+").startswith("run_dir=") for override in overrides):
+        raise ValueError(f"trainer.num_nodes={nodes} needs run_dir=FOLDER, a folder that all nodes share")
 
 
 def missing_devices(config: Config) -> str | None:

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import logging
 import math
 import os
 import re
@@ -161,6 +162,28 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def watch_ranks(tell: Callable[[], str]) -> Iterator[None]:
+    """Tell a user when the process of another device ends, at which Lightning kills this one too, unsaid.
+
+    Args:
+        tell: returns what else is to be said.
+    """
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            what = record.getMessage().partition(". Forcefully")[0]
+            print(f"\n{what}: the others are stopped too\n{tell()}", flush=True)  # noqa: T201
+
+    logger, handler = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script"), Told()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def make_folder(key: str, folder: Path) -> None:

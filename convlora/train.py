@@ -91,6 +91,7 @@ def train(config: TrainConfig) -> float | None:
     announce(config, parts, folder, trainer)
     with ExitStack() as stack:
         stack.enter_context(run.interruptible())
+        stack.enter_context(run.watch_ranks(lambda: run.what_is_kept(folder, trainer, ChildProcessError())))
         try:
             if trainer.is_global_zero:
                 size = run.count(parts.outline, trainable=True)
@@ -178,10 +179,9 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
     if trainer.is_global_zero:  # before the test, which may still meet a damaged image
         adapter.save(path, task.state_dict(), task.metadata)
     results = test_each(trainer, task, parts.tests, folder)
-    settings = run.flatten(run.read_record(folder))
     score = None if best.best_model_score is None else best.best_model_score.item()
     if trainer.is_global_zero:
-        first = parts.data.name
+        first, settings = parts.data.name, run.flatten(run.read_record(folder))
         summary = {
             "dataset": first,
             "test": results[first],

@@ -54,6 +54,7 @@ def one_line(err: str) -> str:
         (train, "dry_run=true optimizer.lr=null", "optimizer.lr=null is not possible: input should be a "),
         (train, "dry_run=true trainer.devices=[]", "trainer.devices=[] trains on nothing; set trainer.de"),
         (train, "dry_run=true trainer.strategy=fsdp", "trainer.strategy=fsdp shares parameters out over"),
+        (train, "dry_run=true trainer.num_nodes=2", "trainer.num_nodes=2 needs run_dir=FOLDER, a folder t"),
         (train, "dry_run=true trainer.devices=0", "trainer.devices=0 trains on nothing; set trainer.devi"),
         (train, "dry_run=true trainer.max_epochs=-1", "trainer.max_epochs=-1 must be at least 1, the num"),
         (train, "dry_run=true optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),

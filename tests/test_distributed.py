@@ -1,7 +1,9 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,18 +15,39 @@ from convlora import train
 
 
 @pytest.mark.slow
-def test_two_ranks_train_one_model(tmp_path: Path) -> None:
+def test_two_ranks_train_one_model_and_go_on_after_one_of_them_died(tmp_path: Path) -> None:
     """Plain DDP: every parameter is used, each rank sees its share, one set of files is left."""
-    job = [*SMALL, "trainer.devices=2", "trainer.strategy=ddp", "run_dir=run", "logger=csv"]
-    arguments = [sys.executable, "-m", "convlora.train", *job]
-    subprocess.run(arguments, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "convlora.train", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    begun = start(*SMALL, "trainer.devices=2", "trainer.max_epochs=9", "run_dir=run", "logger=csv")
+    while not (tmp_path / "run/last.ckpt").is_file():
+        assert begun.poll() is None
+        time.sleep(0.01)
+    [other] = Path(f"/proc/{begun.pid}/task/{begun.pid}/children").read_text().split()
+    os.kill(int(other), signal.SIGKILL)
+    said, _ = begun.communicate(timeout=60)
+    assert begun.returncode == -signal.SIGKILL
+    assert f"Child process with PID {other} terminated with code -9: the others are stopped too" in said
+    assert "kept: run/last.ckpt" in said
+    assert "go on: python -m convlora.train resume=run" in said
+
+    assert start("resume=run").wait() == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["steps"] == 2 * 3  # 10 images on two ranks, two at a time
+    assert summary["steps"] == 9 * 3  # 10 images on two ranks, two at a time
     assert 0 <= summary["test"]["dice"] <= 1
     state = torch.load(tmp_path / "run/last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(value).all() for value in state.values())
     assert (tmp_path / "run/adapter.safetensors").is_file()
     assert (tmp_path / "run/overlays.png").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_two_ranks_descend_as_one_process_on_the_same_images(cli: Commands, tmp_path: Path) -> None:
