@@ -1,5 +1,6 @@
 """Pictures of images, masks and scores."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +236,7 @@ def draw_routing(
     bits.axvline(np.log2(len(scales)), color="grey", linewidth=1)
     bits.set(xlabel="entropy, bits\n(line: all experts alike)", ylim=(len(split) - 0.5, -0.5), yticks=[])
     size.scatter(100 * points[:, 0], points[:, 1], s=12)
-    size.set(xlabel="object, % of the image", ylabel="mean scale of an image's maps (geometric)")
+    size.set(xlabel="object, % of the image", ylabel="mean scale")
     figure.savefig(path, dpi=100)
 
 
@@ -264,16 +265,19 @@ def draw_choices(
     columns = min(8, len(choices))
     lines = -(-len(choices) // columns)
     height = 1.9 * image.shape[0] / image.shape[1] + 0.25
-    figure = Figure(figsize=(1.9 * columns, lines * height + 0.4), layout="constrained")
+    width = max(1.9 * columns, 7.6)  # the legend's, where there are few layers
+    figure = Figure(figsize=(width, lines * height + 0.4), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
     for axis, (name, choice) in zip(axes, choices.items(), strict=False):
         _show(axis, (0.5 * grey + 0.5 * colors[choice]).astype(np.uint8), name)
         axis.title.set_fontsize(7)
+    repeated = len(set(scales)) < len(scales)
+    labels = [f"{i}: scale {s:g}" if repeated else f"scale {s:g}" for i, s in enumerate(scales, start=1)]
     _add_legend(
         figure,
-        {f"scale {scale:g}": color.tolist() for scale, color in zip(scales, colors, strict=True)},
+        {label: color.tolist() for label, color in zip(labels, colors, strict=True)},
     )
     figure.savefig(path, dpi=100)
 
@@ -294,7 +298,7 @@ def _heatmap(
 
 def _show(axis: Axes, picture: Picture, label: str) -> None:
     axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-    axis.set_title(label, fontsize=9)
+    axis.set_title("\n".join(textwrap.wrap(label, 40, break_long_words=True)), fontsize=9)
     axis.set_axis_off()
 
 
