@@ -265,8 +265,9 @@ def draw_choices(
     columns = min(8, len(choices))
     lines = -(-len(choices) // columns)
     height = 1.9 * image.shape[0] / image.shape[1] + 0.25
-    width = max(1.9 * columns, 7.6)  # the legend's, where there are few layers
-    figure = Figure(figsize=(width, lines * height + 0.4), layout="constrained")
+    legend = 0.4 if columns == 8 else 1.0  # in one row, or in up to three
+    size = (1.9 * max(columns, 2), lines * height + legend)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -304,4 +305,5 @@ def _show(axis: Axes, picture: Picture, label: str) -> None:
 
 def _add_legend(figure: Figure, colors: Mapping[str, Color]) -> None:
     patches = [Patch(color=np.array(color) / 255, label=name) for name, color in colors.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=9)
+    across = int(figure.get_figwidth() / 1.2)
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), across, 8), fontsize=9)
