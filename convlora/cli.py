@@ -262,12 +262,13 @@ def _name_choice(config_name: str, error: HydraException) -> Exception:
         names = sorted(path.stem for path in (CONF / found[1]).glob("*.yaml"))
         return ValueError(f"{found[1]}=NAME must be given; there are {', '.join(names)}")
     if found := re.match(r"Could not override '([^'@]+)", str(error)):
-        if found[1].startswith("peft/"):
+        if found[1] == "peft/gate":
             return ValueError(
                 f"{found[1]}=... is for methods with experts, as in peft=conv_lora; leave it out"
             )
         defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
         groups = [key for entry in defaults if entry != "_self_" for key in entry if " " not in key]
+        groups += ["peft/gate"] if "peft" in groups else []
         hint = suggest(found[1], groups) if groups else "leave it out"
         return ValueError(f"{config_name} takes no {found[1]}=...; {hint}")
     return error
@@ -284,6 +285,8 @@ def _explain(error: Exception, full: bool) -> str:
         message = f"{error.full_key} must be given; write {error.full_key}=VALUE"
     elif isinstance(error, OmegaConfBaseException):  # what follows are its internals
         message = message.splitlines()[0]
+    elif isinstance(error, HydraException):  # which quotes arguments as `_loosen` left them
+        message = re.sub(r"\+\+(?=\w)|See https://hydra\S+.*", "", message)
     return f"error: {' '.join(message.split())}"
 
 

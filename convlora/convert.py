@@ -4,6 +4,7 @@ Its Conv-LoRA, the code that Zhong et al. released (ICLR 2024, arXiv:2401.17868)
 SamModel.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ def convert(config: ConvertConfig) -> None:
     """
     path, output = Path(config.checkpoint), new_file("output", config.output, ".safetensors")
     base = None if config.base is None else new_file("base", config.base, ".pth")
+    if not 0 < config.alpha < math.inf:
+        raise ValueError(f"alpha={config.alpha} must be positive; 32 is the released value")
+    if base is not None and config.model["weights"] is not None:
+        raise ValueError(f"base={base} makes base weights of the checkpoint; leave model.weights out")
     if len(config.class_names) != 1:
         raise ValueError(f"class_names={config.class_names} must be one name, that of the foreground")
     if config.model["decoder_eps"] not in (SamViT.decoder_eps, DECODER_EPS):
@@ -82,7 +87,10 @@ def convert(config: ConvertConfig) -> None:
     adapter.save(output, trained, adapter.describe(settings, colors, identity, "32-true"))
     experts = f" with {peft['num_experts']} experts" if "num_experts" in peft else ""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"rank {peft['rank']}{experts}, alpha {config.alpha:g}, adapter: {output}")
+    said = f"rank {peft['rank']}{experts}, adapter: {output}"
+    console.print(
+        f"{said}\nalpha {config.alpha:g}, which the file does not hold: alpha=... if it was trained otherwise"
+    )
 
 
 def new_file(key: str, name: str, suffix: str) -> Path:
@@ -101,6 +109,8 @@ def check_model(path: Path, found: Mapping[str, Tensor], backbone: Backbone) -> 
     Raises:
         ValueError: it is not, nothing is adapted, or the decoder gives several masks.
     """
+    if any(name.endswith(".lora_a.weight") for name in found):
+        raise ValueError(f"{path} is an adapter already; give it to predict or evaluate as checkpoint={path}")
     encoder = {name: tensor for name, tensor in found.items() if name.startswith("image_encoder.")}
     sides = [tensor.shape[-1] for name, tensor in encoder.items() if name.endswith(".lora_A")]
     sides += [tensor.shape[0] for name, tensor in encoder.items() if name.endswith(".lora_B")]

@@ -1,5 +1,6 @@
 """Pictures of images, masks and scores."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,7 +264,7 @@ def draw_routing(
     bits.axvline(np.log2(len(scales)), color="grey", linewidth=1)
     bits.set(xlabel="entropy, bits\n(line: all experts alike)", ylim=(len(split) - 0.5, -0.5), yticks=[])
     size.scatter(100 * points[:, 0], points[:, 1], s=12)
-    size.set(xlabel="object, % of the image", ylabel="mean scale of an image's maps (geometric)")
+    size.set(xlabel="object, % of the image", ylabel="mean scale")
     figure.savefig(path, dpi=100)
 
 
@@ -292,16 +293,20 @@ def draw_choices(
     columns = min(8, len(choices))
     lines = -(-len(choices) // columns)
     height = 1.9 * image.shape[0] / image.shape[1] + 0.25
-    figure = Figure(figsize=(1.9 * columns, lines * height + 0.4), layout="constrained")
+    legend = 0.4 if columns == 8 else 1.0  # in one row, or in up to three
+    size = (1.9 * max(columns, 2), lines * height + legend)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
     for axis, (name, choice) in zip(axes, choices.items(), strict=False):
         _show(axis, (0.5 * grey + 0.5 * colors[choice]).astype(np.uint8), name)
         axis.title.set_fontsize(7)
+    repeated = len(set(scales)) < len(scales)
+    labels = [f"{i}: scale {s:g}" if repeated else f"scale {s:g}" for i, s in enumerate(scales, start=1)]
     _add_legend(
         figure,
-        {f"scale {scale:g}": color.tolist() for scale, color in zip(scales, colors, strict=True)},
+        {label: color.tolist() for label, color in zip(labels, colors, strict=True)},
     )
     figure.savefig(path, dpi=100)
 
@@ -322,10 +327,11 @@ def _heatmap(
 
 def _show(axis: Axes, picture: Picture, label: str) -> None:
     axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
-    axis.set_title(label, fontsize=9)
+    axis.set_title("\n".join(textwrap.wrap(label, 40, break_long_words=True)), fontsize=9)
     axis.set_axis_off()
 
 
 def _add_legend(figure: Figure, colors: Mapping[str, Color]) -> None:
     patches = [Patch(color=np.array(color) / 255, label=name) for name, color in colors.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=9)
+    across = int(figure.get_figwidth() / 1.2)
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), across, 8), fontsize=9)

@@ -20,6 +20,7 @@ MOVED = {
     "dataset.seed": "seed",
     "peft.top_k": "peft.gate.top_k",
     "model.head": "head",
+    "gate": "peft/gate=NAME",
     "early_stopping": "callbacks.early_stopping",
     "ckpt_path": "resume=RUN",
 }
@@ -88,6 +89,8 @@ def check_keys(section: str, target: Callable[..., Any], config: Mapping[str, An
 
 def suggest(name: str, names: Sequence[str], there: str = "there are") -> str:
     """Say which of the names may have been meant by another one, and what names there are."""
+    if not names:
+        return f"{there} none"
     close = difflib.get_close_matches(name, names, n=1)
     return (f"did you mean '{close[0]}'? " if close else "") + f"{there} {', '.join(names)}"
 
@@ -106,7 +109,12 @@ def _check_type(path: str, value: object, hint: Any) -> None:
         return  # no type that a value could be checked against
     except ValidationError as error:
         first = error.errors()[0]
-        way_out = f"; write {path}=[{value}]" if first["type"] in ("list_type", "sequence_str") else ""
+        expected = first.get("ctx", {}).get("class")
+        way_out = ""
+        if first["type"] in ("list_type", "sequence_str") or expected == "Sequence":
+            way_out = f"; write {path}=[{value}]"
+        elif first["type"] == "is_instance_of" and isinstance(value, str):  # the file of a group
+            way_out = f"; write {path.replace('.', '/')}={value}"
         reason = first["msg"][0].lower() + first["msg"][1:]
         written = "null" if value is None else value
         raise ValueError(f"{path}={written} is not possible: {reason}{way_out}") from error

@@ -105,6 +105,8 @@ def train(config: TrainConfig) -> float | None:
                 console.print(run.what_is_kept(folder, trainer, error), markup=False)
             if "DataLoader worker (pid" in str(error):  # torch's word for a loader process that was killed
                 raise OSError(f"{error}; if memory ran out, lower loading.num_workers") from error
+            if trainer.world_size > 1 and "by peer" in str(error):  # gloo's word for a process that has ended
+                raise OSError("the process of another device has ended; see above") from error
             raise
         finally:
             with suppress(RuntimeError):  # torch's, of a loader process that the same signal has ended

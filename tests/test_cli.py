@@ -55,6 +55,19 @@ def one_line(err: str) -> str:
         (train, "dry_run=true trainer.devices=[]", "trainer.devices=[] trains on nothing; set trainer.de"),
         (train, "dry_run=true trainer.strategy=fsdp", "trainer.strategy=fsdp shares parameters out over"),
         (train, "dry_run=true trainer.num_nodes=2", "trainer.num_nodes=2 needs run_dir=FOLDER, a folder t"),
+        (train, "dry_run=true peft.gate=soft", "peft.gate=soft is not possible: input should be an instance o"
+         "f Gate; write peft/gate=soft"),
+        (train, "dry_run=true peft/gates=soft", "train takes no peft/gates=...; did you mean 'peft/gate'?"),
+        (train, "dry_run=true gate=soft", "gate has another name by now: write peft/gate=NAME"),
+        (train, "dry_run=true peft/gate=layer peft.gate.sees=mean", "peft.gate: unknown key 'sees'; it take"
+         "s none"),
+        (train, "dry_run=true peft.scales=2", "peft.scales=2 is not possible: input should be an instance of "
+         "Sequence; write peft.scales=[2]"),
+        (train, "dry_run=true peft.scales=[]", "peft.scales=[] leaves no experts; give one for each, or nu"),
+        (train, "dry_run=true peft.scales=[1e9]", "peft.scales=[1000000000.0] must be numbers from 1/128 to"),
+        (train, "dry_run=true peft.scales=1,2", "Ambiguous value for argument 'peft.scales=1,2'"),
+        (train, "dry_run", "Error parsing override 'dry_run' missing EQUAL at '<EOF>'"),
+        (train, "dry_run=true peft.gate.balance=inf", "peft.gate.balance=inf must be a number of at least 0"),
         (train, "dry_run=true trainer.devices=0", "trainer.devices=0 trains on nothing; set trainer.devi"),
         (train, "dry_run=true trainer.max_epochs=-1", "trainer.max_epochs=-1 must be at least 1, the num"),
         (train, "dry_run=true optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),

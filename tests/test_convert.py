@@ -171,7 +171,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_masks(
         torch.save({"state_dict": state, "epoch": 3} if file.endswith("ckpt") else state, file)
     done = run(convert, *MODEL, f"checkpoint={file}", "output=a.safetensors", "model.weights=base.pth")
     assert done.code == 0, done.err
-    assert "rank 2 with 3 experts, alpha 32, adapter: a.safetensors" in done.out
+    assert "rank 2 with 3 experts, adapter: a.safetensors\nalpha 32, which the file does not hold" in done.out
     assert_same(masks_by("a.safetensors"), trained())
 
 
@@ -327,8 +327,8 @@ class Code:
          "another; no model= here has so many"),
         ("checkpoint=classes.pth", "checkpoint=classes.pth tells several classes apart (mask_decoder.output"),
         ("checkpoint=tokens.pth", "checkpoint=tokens.pth tells several classes apart (4 mask tokens), which"),
-        ("checkpoint=more.pth", "checkpoint=more.pth holds image_encoder.extra.weight, which is no part of"),
-        ("checkpoint=ia3.pth", "checkpoint=ia3.pth holds image_encoder.blocks.0.attn.qkv.lora_b, which is"),
+        ("checkpoint=more.pth", "checkpoint=more.pth holds image_encoder.extra.weight, which has no place"),
+        ("checkpoint=ia3.pth", "checkpoint=ia3.pth holds image_encoder.blocks.0.attn.qkv.lora_b, which ha"),
         ("checkpoint=decoder.pth", "checkpoint=decoder.pth holds mask_decoder.output_upscaling.0.lora_A, wh"),
         ("checkpoint=less.pth", "checkpoint=less.pth is incomplete or no Conv-LoRA as released: of the tra"),
         ("checkpoint=two.pth", "two.pth must hold the tensors of one SamModel, vision_encoder., mask_decoder."
@@ -341,7 +341,10 @@ class Code:
         ("checkpoint=nan.pth", "checkpoint=nan.pth has values in mask_decoder.output_upscaling.0.bias that "),
         ("checkpoint=none.pth", "none.pth must hold the tensors of one SamModel, vision_encoder., mask_deco"),
         ("checkpoint=history.pth", "checkpoint=history.pth holds image_encoder.blocks.0.attn.qkv.lora_moe_g"),
-        ("checkpoint=model.pth alpha=nan", "peft.alpha=nan must be positive; 32 is the released value"),
+        ("checkpoint=model.pth alpha=nan", "alpha=nan must be positive; 32 is the released value"),
+        ("checkpoint=model.pth alpha=0", "alpha=0 must be positive; 32 is the released value"),
+        ("checkpoint=model.pth base=b.pth model.weights=base.pth", "base=b.pth makes base weights of the ch"),
+        ("checkpoint=whole.safetensors", "whole.safetensors is an adapter already; give it to predict or "),
         ("checkpoint=model.pth model.decoder_eps=1e-3", "model.decoder_eps is 1e-06 in all that AutoGluon t"),
         ("checkpoint=model.pth output=a.pth", "output=a.pth must be a file name that ends in .safetensors"),
         ("checkpoint=model.pth output=whole.safetensors", "output=whole.safetensors is there already; choos"),

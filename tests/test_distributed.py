@@ -24,24 +24,29 @@ def test_two_ranks_train_one_model_and_go_on_after_one_of_them_died(tmp_path: Pa
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
 
-    begun = start(*SMALL, "trainer.devices=2", "trainer.max_epochs=9", "run_dir=run", "logger=csv")
+    begun = start(*SMALL, "trainer.devices=2", "trainer.max_epochs=4", "run_dir=run", "logger=csv")
     while not (tmp_path / "run/last.ckpt").is_file():
         assert begun.poll() is None
         time.sleep(0.01)
     [other] = Path(f"/proc/{begun.pid}/task/{begun.pid}/children").read_text().split()
     os.kill(int(other), signal.SIGKILL)
     said, _ = begun.communicate(timeout=60)
-    assert begun.returncode == -signal.SIGKILL
-    assert f"Child process with PID {other} terminated with code -9: the others are stopped too" in said
+    by_lightning = f"Child process with PID {other} terminated with code -9: the others are stopped too"
+    by_itself = "error: the process of another device has ended"  # whichever notices first
+    assert (begun.returncode, by_lightning in said) == (-9, True) or (
+        begun.returncode,
+        by_itself in said,
+    ) == (1, True)
     assert "kept: run/last.ckpt" in said
     assert "go on: python -m convlora.train resume=run" in said
 
     assert start("resume=run").wait() == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["steps"] == 9 * 3  # 10 images on two ranks, two at a time
+    assert summary["steps"] == 4 * 3  # 10 images on two ranks, two at a time
     assert 0 <= summary["test"]["dice"] <= 1
     state = torch.load(tmp_path / "run/last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.isfinite(value).all() for value in state.values())

@@ -15,6 +15,7 @@ from convlora.draw import (
     Row,
     add_legend,
     colors_of,
+    draw_choices,
     draw_classes,
     draw_confusion,
     draw_contours,
@@ -160,3 +161,14 @@ def test_pages_and_plots_are_pictures_that_open(tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 100
             assert len(set(picture.convert("L").tobytes())) > 1
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6, 12])
+@pytest.mark.parametrize("scales", [[0.5, 1, 2, 4], list(range(1, 9)), [2, 2, 2]])
+def test_choices_have_a_legend_that_is_whole(tmp_path: Path, layers: int, scales: list[float]) -> None:
+    image = np.full((40, 30, 3), 90, np.uint8)
+    choices = {f"blocks.{i}.attn.qkv": np.arange(1200).reshape(40, 30) % len(scales) for i in range(layers)}
+    draw_choices(image, choices, scales, tmp_path / "choices.png")
+    pixels = np.asarray(Image.open(tmp_path / "choices.png").convert("L"))
+    assert (pixels[:, [0, -1]] == 255).all(), "its frame reaches the border"
+    assert (pixels[[0, -1]] == 255).all()

@@ -46,8 +46,8 @@ def split(
             experts[f"{layer}.experts.{expert[2]}"][int(expert[1])] = found[name].float()
         elif not is_adapted or part not in UNUSED:
             raise ValueError(
-                f"checkpoint={path} holds {name}, which is no part of a Conv-LoRA or LoRA in this model= and "
-                "would be lost; take it out of the file if the masks do not depend on it"
+                f"checkpoint={path} holds {name}, which has no place in this model= with Conv-LoRA or LoRA; "
+                "set the model= that was trained, or save the model without what the masks do not depend on"
             )
     learnt |= {name: torch.stack([parts[i] for i in sorted(parts)]) for name, parts in experts.items()}
     return learnt, {name: tensor for name, tensor in found.items() if name in expected}

@@ -18,6 +18,7 @@ from convlora.peft.lora import LoRALinear, check_alpha, check_rate
 from convlora.peft.method import LinearMethod
 
 EXPERTS = 8  # where nothing is said, as released
+MOST = 128  # scale, since no grid of tokens is wider
 
 
 class Routed(NamedTuple):
@@ -114,7 +115,7 @@ class ConvLoRAEquation(LinearMethod):
         rank: channels of the bottleneck.
         num_experts: how many there are, at scales 1 to `num_experts` where no scales are given; None for as
             many as scales, or `EXPERTS`.
-        scales: of the experts, one for each, as positive numbers: 2 is a grid twice as fine as the tokens',
+        scales: of the experts, one for each, from 1/128 to 128: 2 is a grid twice as fine as the tokens',
             0.5 one half as fine; None for 1 to `num_experts`.
         gate: which of them each map passes through.
         targets: ends of the names of the adapted layers.
@@ -136,6 +137,10 @@ class ConvLoRAEquation(LinearMethod):
         if self.rank < 1:
             raise ValueError(f"peft.rank={self.rank} must be at least 1")
         check_rate(self.b_rate)
+        if self.scales is not None and not self.scales:
+            raise ValueError(
+                "peft.scales=[] leaves no experts; give one for each, or null for 1 to num_experts"
+            )
         if self.num_experts is not None and self.num_experts < 1:
             raise ValueError(f"peft.num_experts={self.num_experts} must be at least 1")
         if self.scales is not None and self.num_experts not in (None, len(self.scales)):
@@ -143,8 +148,8 @@ class ConvLoRAEquation(LinearMethod):
                 f"peft.scales={list(self.scales)} has {len(self.scales)} entries, but "
                 f"peft.num_experts={self.num_experts}; leave one of the two out, or let them agree"
             )
-        if self.scales is not None and not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"peft.scales={list(self.scales)} must be positive numbers")
+        if self.scales is not None and not all(1 / MOST <= scale <= MOST for scale in self.scales):
+            raise ValueError(f"peft.scales={list(self.scales)} must be numbers from 1/{MOST} to {MOST}")
         if not isinstance(self.gate, Gate):
             raise ValueError(f"peft.gate={self.gate} is no gate; choose one such as peft/gate=noisy_top_k")
 

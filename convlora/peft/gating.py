@@ -67,8 +67,10 @@ class Balanced(Gate):
     schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
-        if not self.balance >= 0:
-            raise ValueError(f"peft.gate.balance={self.balance} must be at least 0; 0 switches the loss off")
+        if not 0 <= self.balance < math.inf:
+            raise ValueError(
+                f"peft.gate.balance={self.balance} must be a number of at least 0; 0 switches the loss off"
+            )
 
     def num_features(self, channels: int) -> int:
         """Return how many numbers it sees of a map."""

@@ -59,9 +59,8 @@ def read(name: str, path: Path, way_out: str = "take the official checkpoint") -
             f"was not loaded; {way_out}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(
-            f"{name}: {path} is truncated or damaged; fetch it again. {_first_line(error)}"
-        ) from error
+        reason = "" if isinstance(error, KeyError) else f" {_first_line(error)}"  # a byte of the file
+        raise ValueError(f"{name}: {path} is truncated or damaged; fetch it again.{reason}") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -283,5 +283,5 @@ def test_a_gate_may_see_the_spread_of_the_tokens(recipe: Gate) -> None:
 
 @pytest.mark.parametrize("recipe", [NoisyTopK, Switch, Soft])
 def test_negative_balance_is_refused(recipe: type[NoisyTopK | Switch | Soft]) -> None:
-    with pytest.raises(ValueError, match=r"peft.gate.balance=-1 must be at least 0"):
+    with pytest.raises(ValueError, match=r"peft.gate.balance=-1 must be a number of at least 0"):
         recipe(balance=-1)
