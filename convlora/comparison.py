@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,7 +136,8 @@ def compare(runs: Sequence[Run], score: str | None, baseline: str | None) -> lis
     Args:
         runs: at least one.
         score: name of the one to compare by; None for the one by which the epochs were chosen.
-        baseline: arguments of the setting to compare with, such as `peft=lora`, or `defaults`; None for none.
+        baseline: arguments of the setting to compare with, such as `peft=lora` or only `lora`, or `defaults`;
+            None for none.
 
     Raises:
         ValueError: no setting or several are the baseline, or there is no such score.
@@ -181,9 +182,12 @@ def _find_baseline(settings: Sequence[Setting], wanted: str | None) -> Setting |
     """Return the setting that the arguments name, None where there is none; raises what `compare` does."""
     if wanted is None:
         return None
-    pairs = [argument.partition("=")[::2] for argument in wanted.split()]
+    words = set(wanted.split())
     found = [each for each in settings if each.label == wanted] or [
-        each for each in settings if all(each.first.arguments.get(key) == value for key, value in pairs)
+        each
+        for each in settings
+        if words
+        <= {word for key, value in each.first.arguments.items() for word in (value, f"{key}={value}")}
     ]
     if len(found) > 1:
         labels = "; ".join(each.label for each in found)
@@ -236,17 +240,20 @@ def extremes(section: Section) -> dict[str, list[tuple[str, list[float]]]]:
     own = tables[base.number - 1]
     names = [name for name in own if all(name in table for table in tables) and math.isfinite(own[name])]
 
-    def change(name: str, choose: Any) -> float:
-        changes = [table[name] - own[name] for table in tables if math.isfinite(table[name])]
-        return float(choose(changes))
+    def change(name: str, choose: Callable[[list[float]], float]) -> float:
+        return choose([table[name] - own[name] for table in tables if math.isfinite(table[name])])
 
+    ranked = sorted(names, key=own.__getitem__)
     orders = {
-        "lowest": sorted(names, key=own.__getitem__),
-        "highest": sorted(names, key=own.__getitem__)[::-1],
+        "lowest": ranked,
+        "highest": ranked[::-1],
+        "greatest rise": sorted(
+            (name for name in names if change(name, max) > 0), key=lambda name: -change(name, max)
+        ),
+        "greatest fall": sorted(
+            (name for name in names if change(name, min) < 0), key=lambda name: change(name, min)
+        ),
     }
-    if len(tables) > 1:
-        orders["greatest rise"] = sorted(names, key=lambda name: -change(name, max))
-        orders["greatest fall"] = sorted(names, key=lambda name: change(name, min))
     return {
         kind: [(name, [table[name] for table in tables]) for name in order[:EXTREMES]]
         for kind, order in orders.items()
@@ -280,8 +287,8 @@ def table(section: Section) -> tuple[list[str], list[list[str]]]:
 def notes(section: Section) -> list[str]:
     """Return what a reader must know of the numbers of a section."""
     lines = [
-        "± is the standard error over seeds; what has none is a single run. Settings are in the order of their "
-        f"best validation score, {section.settings[0].first.primary}."
+        "± is the standard error over seeds; what has none is a single run. Settings are in the order of "
+        f"their best validation score, {section.settings[0].first.primary}."
     ]
     if section.differences:
         lines.append(
@@ -297,8 +304,8 @@ def notes(section: Section) -> list[str]:
         )
     if any(each.images == 0 for each in found.values()):
         lines.append(
-            f"Where {section.score} is no mean over images, the interval is over seeds only, and there is none "
-            "of a single seed."
+            f"Where {section.score} is no mean over images, the interval is over seeds only, and there is "
+            "none of a single seed."
         )
     for (number, test), each in section.differences.items():
         if each.unpaired and test == section.dataset:

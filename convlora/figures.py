@@ -10,11 +10,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Points = Sequence[tuple[float, float]]
 
 INK = "#123456"  # stands for the page's colour of text until the figure is written
 SIZE = (4.6, 3.2)  # inches; fits the width of a phone almost unscaled
+WIDE = 10  # greatest cost as a multiple of the least, beyond which its axis is logarithmic
 LIMIT = 200  # points of a curve
 PARTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
@@ -22,7 +24,7 @@ PARTS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytic
 def palette(count: int) -> list[str]:
     """Return so many colours that can be read on white and on black, as #rrggbb."""
     if count <= 10:
-        return [to_hex(color) for color in matplotlib.colormaps["tab10"].colors[:count]]
+        return [to_hex(matplotlib.colormaps["tab10"](i)) for i in range(count)]
     return [to_hex(matplotlib.colormaps["turbo"](0.08 + 0.84 * i / (count - 1))) for i in range(count)]
 
 
@@ -45,7 +47,13 @@ def scatter(
                 cost, score, yerr=error if error == error else None, fmt="o", color=color, capsize=3
             )
             axis.annotate(str(number), (cost, score), (5, 4), textcoords="offset points", fontsize=9)
-        axis.set(xlabel=x, ylabel=y, xscale="log")
+        axis.set(xlabel=x, ylabel=y)
+        costs = [cost for cost, _, _ in places.values()]
+        if max(costs) > WIDE * min(costs):
+            axis.set(xscale="log")
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         return _svg(figure, name, f"{y} against {x}, a point for each setting by its number")
 
 

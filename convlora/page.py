@@ -116,7 +116,7 @@ def _grid(section: Section, grid: comparison.Grid) -> Tinted:
 def _costs(name: str, section: Section, colors: Sequence[str]) -> list[str]:
     score = f"{section.score}, test"
     estimates = [(each, each.estimate(section.score, section.dataset)) for each in section.settings]
-    costs = {
+    costs: dict[str, Sequence[float]] = {
         "trainable parameters": [each.parameters for each in section.settings],
         "seconds of training": [max(each.seconds, 0.1) for each in section.settings],
     }

@@ -1,4 +1,4 @@
-"""Compare ended runs: `python -m convlora.report runs=multirun/... baseline='peft=lora'`."""
+"""Compare ended runs: `python -m convlora.report runs=multirun/... baseline=lora`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,8 +46,10 @@ def gather(folders: Sequence[Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: a folder does not exist.
-        ValueError: none has an ended run.
+        ValueError: there is none, or none has an ended run.
     """
+    if not folders:
+        raise ValueError("runs=[] names no folder; name one or several that hold ended runs")
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"runs={folder}: no such folder; name one or several that hold runs")
