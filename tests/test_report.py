@@ -1,4 +1,4 @@
-"""What the report says of runs, and whether its page can be read on a phone, on a desk, by day and by night."""
+"""What the report says of runs, and whether its page can be read on phones and desks, by day and by night."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from PIL import Image
 from convlora import page, report, results, train
 from convlora.comparison import compare, extremes, grids, unlike
 from convlora.results import Run, difference, interval
-from convlora.run import METRICS, SUMMARY, flatten, write_json, write_record, write_rows
+from convlora.run import METRICS, SUMMARY, write_json, write_record, write_rows
 
 IMAGES = 12
 
@@ -142,7 +142,7 @@ def test_a_table_has_means_errors_and_paired_differences(cli: Commands, sweep: P
     done = cli(report, f"runs={sweep}", "baseline=lora")
     assert done.code == 0, done.err
     table = rows(sweep / "report.csv")
-    assert [row["setting"] for row in table][0] == "peft.rank=8 peft.num_experts=16"
+    assert table[0]["setting"] == "peft.rank=8 peft.num_experts=16"
     assert [row["dataset"] for row in table] == ["kvasir"] * 5 + ["sea"]
     best = table[0]
     values = [statistics.fmean(drawn(seed, 0.096)) for seed in (0, 1)]
@@ -294,7 +294,8 @@ frame.onload = () => {
     .filter(each => each.scrollWidth > each.clientWidth + 1).map(each => each.textContent);
   const spilt = [...inner.querySelectorAll("svg")].flatMap(svg => {
     const box = svg.getBoundingClientRect();
-    return [...svg.querySelectorAll("g[id*=text_]")].filter(each => { const own = each.getBoundingClientRect();
+    return [...svg.querySelectorAll("g[id*=text_]")].filter(each => {
+      const own = each.getBoundingClientRect();
       return own.left < box.left - 1 || own.right > box.right + 1 || own.bottom > box.bottom + 1 })
   }).map(each => each.id);
   const images = [...inner.images];
@@ -322,7 +323,7 @@ def test_a_page_fits_its_screen(cli: Commands, sweep: Path, width: int, scheme: 
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
     found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1])  # type: ignore[index]
-    assert (found["width"], found["whole"]) == (width, width)
+    assert found["whole"] <= found["width"] == width
     assert (found["wide"], found["cut"], found["spilt"], found["missing"]) == ([], [], [], 0)
     assert found["images"] == 4
     paper, ink = (sum(map(int, re.findall(r"\d+", found[name]))) for name in ("paper", "ink"))
