@@ -83,7 +83,7 @@ def lines(
             shown = [*points[:: -(-len(points) // LIMIT)], points[-1]]
             color, marker = colors[number - 1], "." if len(shown) < 30 else None
             axis.plot(*zip(*shown, strict=True), color=color, linewidth=1.2, marker=marker, alpha=0.9)
-            axis.annotate(str(number), shown[-1], (3, 0), textcoords="offset points", fontsize=7, color=color)
+            axis.annotate(str(number), shown[-1], (3, 0), textcoords="offset points", fontsize=8, color=color)
         axis.set(xlabel=x, ylabel=y)
         return _svg(figure, name, f"{y} over {x}, a curve for each run by the number of its setting")
 
