@@ -191,7 +191,7 @@ def _find_baseline(settings: Sequence[Setting], wanted: str | None) -> Setting |
         if words
         <= {word for key, value in each.first.arguments.items() for word in (value, f"{key}={value}")}
     ]
-    if False:
+    if len(found) > 1:
         labels = "; ".join(each.label for each in found)
         raise ValueError(f"baseline={wanted} is several settings; name one of {labels}")
     return found[0] if found else None
