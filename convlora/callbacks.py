@@ -333,7 +333,14 @@ def write_curves(
 ) -> None:
     """Draw what the scores of a test hold besides numbers: reliability, confusion matrix."""
     if "reliability" in arrays:
-        draw.draw_reliability(arrays["reliability"], scores["ece"], folder / "reliability.png")
+        bins = arrays["reliability"]
+        draw.draw_reliability(bins, scores["ece"], folder / "reliability.png")
+        columns = ("probability", "true", "pixels")
+        rows = {
+            str(number): dict(zip(columns, values, strict=True))
+            for number, values in enumerate(bins.T.tolist(), start=1)
+        }
+        write_rows(folder / "reliability.csv", "bin", rows)
     if "confusion" in arrays:
         confusion = arrays["confusion"].astype(int)
         draw.draw_confusion(confusion, class_names, folder / "confusion.png")

@@ -1,5 +1,6 @@
 """What ended runs left in their folders: read, told apart by their arguments, brought together over seeds."""
 
+import csv
 import json
 import math
 import statistics
@@ -8,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm, t
+
 from convlora.run import SUMMARY, flatten, matters, read_record
+
+CONFIDENCE = 0.95
+DRAWS = 2000  # of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,35 @@ class Run:
     @property
     def test(self) -> float:
         """Primary score on the test set."""
-        return _number(self.summary["test"].get(self.primary))
+        return self.score(self.primary, self.dataset)
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set that it was trained on."""
+        return str(self.summary["dataset"])
+
+    @property
+    def seed(self) -> int:
+        """What its random numbers began with."""
+        return int(self.settings["seed"])
+
+    @property
+    def tests(self) -> dict[str, Mapping[str, Any]]:
+        """By test set, that of the data set it was trained on first, the scores by name."""
+        return {self.dataset: self.summary["test"], **self.summary.get("test_sets", {})}
+
+    def score(self, name: str, test_set: str) -> float:
+        """Return a score on a test set, NaN where there is none."""
+        return _number(self.tests.get(test_set, {}).get(name))
+
+    def place(self, test_set: str) -> Path:
+        """Return the folder of the tables and pictures of a test set."""
+        return self.folder if test_set == self.dataset else self.folder / test_set
+
+    def of_images(self, score: str, test_set: str) -> dict[str, float]:
+        """Return a score of each image of a test set by the image's name, as far as images.csv has it."""
+        rows = read_rows(self.place(test_set) / "images.csv")
+        return {row["image"]: float(row[score]) for row in rows if row.get(score)}
 
 
 @dataclass(frozen=True)
@@ -60,6 +96,27 @@ class Estimate:
         """Return the mean of values, at least one, with its standard error."""
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(statistics.fmean(values), error)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much a score exceeds that of a baseline with the same seeds.
+
+    Attributes:
+        mean: over the seeds that both have; NaN where they share none.
+        low: end of the confidence interval; NaN where nothing could be drawn anew.
+        high: the other end.
+        seeds: that both have.
+        unpaired: seeds that only one of the two has, which are left out.
+        images: number of those that were drawn anew; 0 of a score that is no mean over images.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seeds: tuple[int, ...]
+    unpaired: tuple[int, ...]
+    images: int
 
 
 def read(folder: Path) -> Run | None:
@@ -110,6 +167,67 @@ def rank(groups: Mapping[tuple[str, ...], Sequence[Run]]) -> list[tuple[str, ...
         return first.summary["dataset"], first.primary, math.inf if math.isnan(mean) else sign * mean
 
     return sorted(groups, key=order)
+
+
+def difference(runs: Sequence[Run], baseline: Sequence[Run], score: str, test_set: str) -> Difference:
+    """Compare runs with those of a baseline, each with the one of its seed.
+
+    Of a score that is a mean over images the interval is over seeds and images, of another over seeds alone.
+
+    Args:
+        runs: one for each seed.
+        baseline: one for each seed.
+        score: name of what is compared.
+        test_set: on which.
+    """
+    ours, theirs = ({run.seed: run for run in each} for each in (runs, baseline))
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
+    unpaired = tuple(sorted(ours.keys() ^ theirs.keys()))
+    if not seeds:
+        return Difference(math.nan, math.nan, math.nan, seeds, unpaired, 0)
+    means = np.array(
+        [ours[seed].score(score, test_set) - theirs[seed].score(score, test_set) for seed in seeds]
+    )
+    tables = [[each[seed].of_images(score, test_set) for seed in seeds] for each in (ours, theirs)]
+    names = sorted(set.intersection(*(set(table) for side in tables for table in side)))
+    first, second = (np.array([[table[name] for name in names] for table in side]) for side in tables)
+    images = first - second
+    is_mean = bool(names) and np.allclose(images.mean(axis=1), means, rtol=1e-4, atol=1e-5)
+    low, high = interval(images if is_mean else means[:, None])
+    return Difference(float(means.mean()), low, high, seeds, unpaired, len(names) if is_mean else 0)
+
+
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the confidence interval of the mean over seeds and images [seeds, images], by bootstrap.
+
+    Seeds and images are drawn anew apart from each other, as all seeds are tested on the same images (the
+    pigeonhole bootstrap; Owen, Annals of Applied Statistics 2007). Few seeds drawn from themselves vary less
+    than new ones would; their means are spread beforehand, so that seeds alone give about Student's interval.
+
+    Returns:
+        Its two ends, NaN of a single value or where one is no number.
+    """
+    if values.size < 2 or not np.isfinite(values).all():
+        return math.nan, math.nan
+    seeds, images = values.shape
+    upper = (1 + CONFIDENCE) / 2
+    if seeds > 1:
+        means = values.mean(axis=1, keepdims=True)
+        spread = math.sqrt(seeds / (seeds - 1)) * t.ppf(upper, seeds - 1) / norm.ppf(upper)
+        values = values + (spread - 1) * (means - means.mean())
+    generator = np.random.default_rng(0)
+    by_seed, by_image = (generator.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in (seeds, images))
+    drawn = ((by_seed @ values) * by_image).sum(axis=1)
+    low, high = np.quantile(drawn, (1 - upper, upper))
+    return float(low), float(high)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _number(value: object) -> float:
