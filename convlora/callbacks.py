@@ -16,7 +16,7 @@ import torch
 import wandb
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from rich.console import Console
@@ -135,11 +135,14 @@ class Vitals(Callback):
         if (trainer.global_step + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        seconds = time.monotonic() - self._since
-        pl_module.log("train/grad_norm", norm)
-        pl_module.log("train/images_per_second", self._images / seconds)
-        pl_module.log("train/memory_mib", _memory(pl_module.device))
+        pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        costs = {
+            "train/images_per_second": self._images / (time.monotonic() - self._since),
+            "train/memory_mib": _memory(pl_module.device),
+        }
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):  # metrics.csv is the same of every run with these settings
+                logger.log_metrics(costs, trainer.global_step)
         self._since, self._images = time.monotonic(), 0
 
 

@@ -67,7 +67,7 @@ def command(
     """
 
     def main() -> None:
-        program, arguments = sys.argv[0], sys.argv[1:]
+        program = sys.argv[0]
         full = os.environ.get("HYDRA_FULL_ERROR", "0")
 
         def run(cfg: DictConfig) -> Any:
@@ -104,7 +104,7 @@ def command(
 
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra hands its exceptions on instead of printing them
         try:
-            sys.argv[1:] = _loosen(_replay(sys.argv[1:], replay))
+            sys.argv[1:] = arguments = _loosen(_replay(sys.argv[1:], replay))
             _refuse_emptied(sys.argv[1:], schema)
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
         except (MissingConfigException, ConfigCompositionException) as error:

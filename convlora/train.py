@@ -141,6 +141,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
     if config.compile:
         segmenter.compile_encoder()
     settings = asdict(config) | {"run_dir": str(folder), "resume": None}
+    del settings["sweep_dir"]  # of a sweep, not of its runs
     colors = colors_of(data.class_names, data.class_colors)
     metadata = adapter.describe(settings, colors, identity, str(trainer.precision), data.median_side())
     facts = {

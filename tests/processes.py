@@ -18,6 +18,7 @@ CONTEXT.set_forkserver_preload(["convlora.train"])  # seconds of imports, once f
 def _train(folder: Path, arguments: tuple[str, ...], out: Path, err: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as a command has it on Linux
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background would ignore
+    os.environ["WANDB_MODE"] = "offline"
     os.setsid()
     os.chdir(folder)
     for path, stream in ((out, 1), (err, 2)):

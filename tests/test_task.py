@@ -149,7 +149,7 @@ def test_scores_of_one_pass_leave_nothing_to_the_next(tiny: SamViT) -> None:
         alone, fresh = make_trainer(), make_task(task.segmenter, task.optimizer)
         getattr(alone, stage)(fresh, images, verbose=False)
         expected = {name: value.item() for name, value in alone.callback_metrics.items()}
-        assert len(expected) == 3
+        assert len(expected) == (3 if stage == "test" else 2)  # a validation computes fewer scores
         assert found == pytest.approx(expected, rel=1e-6)
 
 

@@ -12,6 +12,7 @@ import yaml
 from conftest import SMALL, Commands, train_in
 from dashboards import dashboards
 from PIL import Image
+from processes import Training
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,9 +31,13 @@ def same(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_run_says_what_it_trains_and_leaves_what_it_promises(cli: Commands) -> None:
+def test_a_run_says_what_it_trains_and_leaves_what_it_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     often = ("trainer.log_every_n_steps=1", "callbacks.routing.every_n_steps=2")
-    done = cli(train, *SMALL, *often, "run_dir=run", "trainer.accumulate_grad_batches=2")
+    settings = (*SMALL, *often, "run_dir=run", "trainer.accumulate_grad_batches=2")
+    done = Training(tmp_path, settings).ended()  # whose end W&B's own process waits for
     assert done.code == 0, done.err
     state = load_file("run/adapter.safetensors")
     trainable = sum(value.numel() for value in state.values())
