@@ -289,7 +289,7 @@ def check_trainer(config: Config) -> None:
 
 
 def check_nodes(config: Any) -> None:
-    """Refuse a training on several nodes, each of which would name the run's folder by its own clock.
+    """Refuse to begin on several nodes, each of which would name the run's folder by its own clock.
 
     Args:
         config: attributes by the names of the groups in conf/.
@@ -298,8 +298,8 @@ def check_nodes(config: Any) -> None:
         ValueError: it is one.
     """
     nodes = config.trainer.get("num_nodes") or 1
-    overrides = HydraConfig.get().overrides.task
-    if nodes > 1 and not any(override.lstrip("+").startswith("run_dir=") for override in overrides):
+    given = {override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task}
+    if nodes > 1 and not given & {"run_dir", "sweep_dir", "resume"}:
         raise ValueError(f"trainer.num_nodes={nodes} needs run_dir=FOLDER, a folder that all nodes share")
 
 

@@ -120,7 +120,8 @@ class Vitals(Callback):
     The norm is of all trained parameters before it is clipped.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count anew, so that what a validation took counts for nothing."""
         self._since, self._images = time.monotonic(), 0
 
     def on_train_batch_end(

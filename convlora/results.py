@@ -38,16 +38,16 @@ class Run:
     @property
     def primary(self) -> str:
         """The score by which its epoch was chosen."""
-        return str(self.settings["metrics.primary"])
+        return str(self.settings["callbacks.best.monitor"]).removeprefix("val/")
 
     @property
     def validation(self) -> float:
-        """Best primary score in validation, NaN where there was none."""
+        """The best of that score in validation, NaN where there was none."""
         return _number(self.summary.get(f"val/{self.primary}"))
 
     @property
     def test(self) -> float:
-        """Primary score on the test set."""
+        """The same score on the test set."""
         return self.score(self.primary, self.dataset)
 
     @property
@@ -162,7 +162,7 @@ def rank(groups: Mapping[tuple[str, ...], Sequence[Run]]) -> list[tuple[str, ...
 
     def order(key: tuple[str, ...]) -> tuple[str, str, float]:
         first = groups[key][0]
-        sign = -1 if first.settings["metrics.mode"] == "max" else 1
+        sign = -1 if first.settings["callbacks.best.mode"] == "max" else 1
         mean = Estimate.of([run.validation for run in groups[key]]).mean
         return first.summary["dataset"], first.primary, math.inf if math.isnan(mean) else sign * mean
 

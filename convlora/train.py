@@ -199,8 +199,8 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
         shown = ("train/loss", "train/aux_loss", "train/lr", "val/")
         curves = {name: points for name, points in run.read_curves(folder).items() if name.startswith(shown)}
         draw.draw_curves(curves, str(best.monitor), score, folder / "curves.png")
-        publish(trainer.loggers, folder, summary)
         run.write_json(folder / run.SUMMARY, summary)
+        publish(trainer.loggers, folder, summary)
         console.print(render_scores(results))
         console.print(f"adapter: {path}")
     return score

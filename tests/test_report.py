@@ -36,7 +36,8 @@ def plant(
     """A run that has ended with these scores of its test images, as far as a report looks at it."""
     folder.mkdir(parents=True)
     values = np.asarray(images, float)
-    config = {"metrics": {"primary": "dice", "mode": "max"}, "seed": seed, **(settings or {})}
+    best = {"monitor": "val/dice", "mode": "max"}
+    config = {"callbacks": {"best": best}, "seed": seed, **(settings or {})}
     write_record(folder, [*arguments.split(), f"seed={seed}"], config)
     rows = {f"{i:03}.png": {"dice": value, "ber": value} for i, value in enumerate(values.tolist())}
     write_rows(folder / "images.csv", "image", rows)

@@ -325,6 +325,16 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_what_held_then(whole: 
             run.check_same_settings(folder, {**now, key: "another"})
 
 
+def test_a_run_on_several_nodes_is_resumed_by_its_folder_alone(cli: Commands, done: Path) -> None:
+    record = run.read_record(done)
+    trainer = record.pop("trainer") | {"num_nodes": 2}
+    command = [*record.pop("command"), "trainer.num_nodes=2"]
+    run.write_record(done, command, record | {"trainer": trainer})
+    again = cli(train, "resume=run", "dry_run=true")
+    assert again.code == 0, again.err
+    assert "2 devices" in again.out or "2 x" in again.out
+
+
 def test_one_run_is_resumed_and_not_a_sweep(cli: Commands, done: Path) -> None:
     before = files(done)
     for arguments in (("-m", "resume=run"), ("resume=run", "--multirun", "seed=1,2")):
