@@ -104,10 +104,11 @@ def count_devices(config: Config, trainer: Trainer | None) -> int:
     """Return the number of processes that train together, without a trainer as far as it is known."""
     if trainer is not None:
         return trainer.num_devices * trainer.num_nodes
-    devices = config["devices"]
+    devices, nodes = config["devices"], config.get("num_nodes") or 1
     if isinstance(devices, list):
-        return len(devices)
-    return devices if isinstance(devices, int) and devices > 0 else max(1, torch.cuda.device_count())
+        return nodes * len(devices)
+    known = isinstance(devices, int) and devices > 0
+    return int(nodes * (devices if known else max(1, torch.cuda.device_count())))
 
 
 def devices_of(trainer: Trainer) -> str:

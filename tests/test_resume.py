@@ -332,7 +332,7 @@ def test_a_run_on_several_nodes_is_resumed_by_its_folder_alone(cli: Commands, do
     run.write_record(done, command, record | {"trainer": trainer})
     again = cli(train, "resume=run", "dry_run=true")
     assert again.code == 0, again.err
-    assert "2 devices" in again.out or "2 x" in again.out
+    assert "4 = 2 per device x 2 devices x 1 accumulated" in again.out
 
 
 def test_one_run_is_resumed_and_not_a_sweep(cli: Commands, done: Path) -> None:
