@@ -1,8 +1,6 @@
-"""What a run shows of itself: progress, pictures in logs and on pages, W&B."""
+"""What a run shows of itself: progress, costs, pictures in logs and on pages."""
 
-import csv
 import math
-import os
 import resource
 import sys
 import time
@@ -13,105 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
-import wandb
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn
 from rich.table import Table
-from wandb.sdk.lib.runid import generate_id
 
 from convlora import draw
 from convlora.checkpoint import RunCheckpoint
 from convlora.data.module import Batch, SegmentationDataModule, Split
 from convlora.inference import Predictor
 from convlora.routing import Routing
-from convlora.run import MEBIBYTE, METRICS, ScoreTable, flatten, write_rows
+from convlora.run import MEBIBYTE, ScoreTable, write_rows
 from convlora.task import SegmentationTask
 
 FIXED, EXTREME = 4, 2  # samples of an overlay page: always the same ones, and the best and the worst
+SIDE = 320  # px, longest of an image in a table
 
 console = Console(highlight=False, soft_wrap=True)
-
-
-def wandb_logger(
-    project: str, group: str, name: str, job_type: str, tags: Sequence[str], save_dir: str
-) -> WandbLogger:
-    """Return a logger that is online where the machine is logged in to W&B and offline elsewhere.
-
-    It never asks for a login; the variable WANDB_MODE overrides the choice. A run that goes on in the same
-    folder goes on with the same run of W&B.
-
-    Args:
-        project: of W&B's.
-        group: of runs.
-        name: of the run, which says what differs from others of its group.
-        job_type: of the run.
-        tags: of the run.
-        save_dir: the run's folder.
-    """
-    os.environ.setdefault("WANDB_SILENT", "true")
-    # Told in so many words: the logger's own `offline` sets a variable that wandb may have read already.
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    kept = Path(save_dir, "wandb", "run_id.txt")
-    identity = kept.read_text() if kept.is_file() else generate_id()
-    _keep(kept, identity)
-    return WandbLogger(
-        project=project,
-        group=group,
-        name=name,
-        job_type=job_type,
-        tags=list(tags),
-        id=identity,
-        save_dir=save_dir,
-        mode=mode,
-    )
-
-
-@rank_zero_only
-def _keep(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def publish(loggers: Sequence[Logger], folder: Path, summary: Mapping[str, Any]) -> None:
-    """Show in W&B what a run's folder holds: its pictures, its tables, and what sums it up.
-
-    Args:
-        loggers: of the run.
-        folder: of the run, below which each test set but the first has a folder of its own.
-        summary: as in summary.json.
-    """
-    for logger in loggers:
-        if not isinstance(logger, WandbLogger):
-            continue
-        run = logger.experiment
-        shown: dict[str, Any] = {}
-        for path in sorted([*folder.glob("*.png"), *folder.glob("*.csv")]) + sorted(folder.glob("*/*.png")):
-            key = f"test/{path.relative_to(folder).with_suffix('')}"
-            if path.suffix == ".png":
-                shown[key] = wandb.Image(str(path))
-            elif path.name != METRICS:
-                shown[f"{key}_table"] = _table(path)
-        run.log(shown)
-        run.summary.update({key: value for key, value in flatten(summary).items() if key[:9] != "settings."})
-
-
-def _table(path: Path) -> wandb.Table:
-    """Return a CSV file as a table in which numbers are numbers."""
-    with path.open(newline="") as file:
-        header, *lines = csv.reader(file)
-
-    def number(text: str) -> float | str | None:
-        try:
-            return float(text) if text else None
-        except ValueError:
-            return text
-
-    return wandb.Table(columns=[*header], data=[[number(text) for text in line] for line in lines])
 
 
 class Vitals(Callback):
@@ -153,11 +72,6 @@ def _memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / MEBIBYTE
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / (MEBIBYTE if sys.platform == "darwin" else 1024)
-
-
-def finish_wandb() -> None:
-    """End the W&B run of this job, so that a multirun logs every job."""
-    wandb.finish()
 
 
 def make_progress(enabled: bool) -> Callback:
@@ -230,10 +144,12 @@ class Overlays(Callback):
 
     Attributes:
         path: PNG with a fixed set of test samples and the best and worst by the primary score.
+        rankings: by test set, its images from the worst on, with the pictures of those on the page.
     """
 
     def __init__(self, table: ScoreTable):
         self.path: Path | None = None
+        self.rankings: dict[str, dict[str, draw.Picture | None]] = {}
         self.table = table
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -287,12 +203,14 @@ class Overlays(Callback):
         for title, extremes in (("best", ranked[: -EXTREME - 1 : -1]), ("worst", ranked[:EXTREME])):
             for name in extremes:
                 titles.setdefault(name, []).append(title)
-        rows = []
+        rows, colors = [], draw.colors_of(data.class_names, data.class_colors)
+        ranking = self.rankings[data.name] = dict.fromkeys(ranked, None)
         for name, roles in titles.items():
             label = f"{', '.join(roles)}: {Path(name).name}"
             score = f"{scores.primary} {self.table.rows[name][scores.primary]:.3f}"
             rows.append(_sample(trainer, pl_module, "test", order[name], label, score))
-        draw.draw_page(rows, draw.colors_of(data.class_names, data.class_colors), self.path)
+            ranking[name] = draw.shrink(draw.side_by_side(rows[-1], colors), 3 * SIDE)
+        draw.draw_page(rows, colors, self.path)
 
 
 def test_each(

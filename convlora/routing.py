@@ -17,6 +17,7 @@ from convlora.data.module import Batch
 from convlora.peft.conv_lora import ConvLoRAEquationLinear
 from convlora.run import write_rows
 from convlora.task import SegmentationTask
+from convlora.tracking import log_histogram
 
 Layers = Mapping[str, ConvLoRAEquationLinear]
 
@@ -96,6 +97,7 @@ class Routing(Callback):
             logger.log_metrics({f"routing/{name}": float(entropy(row)) for name, row in split.items()}, step)
             if isinstance(logger, WandbLogger):
                 logger.log_image("train/routing", [picture], step)
+                log_histogram(logger, "train/experts", np.mean([*split.values()], axis=0), step)
             else:
                 logger.experiment.add_image("train/routing", picture, step, dataformats="HWC")
 

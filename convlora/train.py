@@ -15,9 +15,7 @@ from convlora.build import Parts, make_parts, make_segmenter, make_trainer, matc
 from convlora.callbacks import (
     Overlays,
     Vitals,
-    finish_wandb,
     make_progress,
-    publish,
     render_scores,
     test_each,
 )
@@ -33,6 +31,7 @@ from convlora.cli import command, given_overrides
 from convlora.draw import colors_of
 from convlora.schema import Config, make
 from convlora.task import SegmentationTask
+from convlora.tracking import finish_wandb, publish
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -181,6 +180,7 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
     path = folder / adapter.NAME
     if trainer.is_global_zero:  # before the test, which may still meet a damaged image
         adapter.save(path, task.state_dict(), task.metadata)
+    overlays = next(each for each in trainer.callbacks if isinstance(each, Overlays))  # type: ignore[attr-defined]
     results = test_each(trainer, task, parts.tests, folder)
     score = None if best.best_model_score is None else best.best_model_score.item()
     if trainer.is_global_zero:
@@ -200,7 +200,7 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
         curves = {name: points for name, points in run.read_curves(folder).items() if name.startswith(shown)}
         draw.draw_curves(curves, str(best.monitor), score, folder / "curves.png")
         run.write_json(folder / run.SUMMARY, summary)
-        publish(trainer.loggers, folder, summary)
+        publish(trainer.loggers, folder, summary, best, overlays.rankings)
         console.print(render_scores(results))
         console.print(f"adapter: {path}")
     return score

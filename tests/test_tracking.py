@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from convlora.callbacks import finish_wandb, wandb_logger
 from convlora.run import write_json
+from convlora.tracking import finish_wandb, wandb_logger
 
 
 def test_wandb_is_offline_and_silent_where_nobody_is_logged_in(
