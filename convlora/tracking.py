@@ -21,8 +21,8 @@ Ranking = Mapping[str, NDArray[Any] | None]
 
 
 def login() -> bool:
-    """Return whether the machine is logged in to W&B, which is never asked for."""
-    os.environ.setdefault("WANDB_SILENT", "true")
+    """Return whether the machine is logged in to W&B, without asking for it."""
+    _silence()
     return wandb.login(prompt=False)
 
 
@@ -42,6 +42,7 @@ def wandb_logger(
         tags: of the run.
         save_dir: the run's folder.
     """
+    _silence()
     # Told in so many words: the logger's own `offline` sets a variable that wandb may have read already.
     mode = os.environ.get("WANDB_MODE") or ("online" if login() else "offline")
     kept = Path(save_dir, "wandb", "run_id.txt")
@@ -57,6 +58,10 @@ def wandb_logger(
         save_dir=save_dir,
         mode=mode,
     )
+
+
+def _silence() -> None:
+    os.environ.setdefault("WANDB_SILENT", "true")
 
 
 @rank_zero_only

@@ -10,7 +10,9 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from numpy.typing import NDArray
+from PIL import Image
 
+from convlora.data.sets.synthetic import draw_scene
 from convlora.sam.zoo import Backbone, SamViT
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose when cores are busy
@@ -118,6 +120,17 @@ def train_in(folder: Path, *arguments: str) -> Path:
         patch.setattr(sys, "argv", [train.__name__, *arguments, "run_dir=run"])
         train.main()
     return folder / "run"
+
+
+def plant_test_set(root: Path, count: int) -> None:
+    """Camouflaged scenes of different sizes in the layout of a test set."""
+    rng = np.random.default_rng(count)
+    for kind in ("Imgs", "GT"):
+        (root / kind).mkdir(parents=True)
+    for i in range(count):
+        image, mask = draw_scene(rng, 48 + 8 * i)
+        Image.fromarray(image).save(root / f"Imgs/{i}.jpg")
+        Image.fromarray(mask * 255).save(root / f"GT/{i}.png")
 
 
 SMALL = (

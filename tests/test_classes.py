@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 from conftest import SMALL, Commands, train_in
+from dashboards import dashboards, missing, unshown, workspace
 from PIL import Image
 from ranks import command, together
 
@@ -80,6 +81,11 @@ def test_classes_are_learnt_scored_and_predicted_alike(cli: Commands, run: Path)
     assert summary["val/miou"] > 0.3  # of one class everywhere it would be a ninth
     left = {path.name for path in run.iterdir()}
     assert left >= {"overlays.png", "images.csv", "confusion.csv", "confusion.png", "reliability.png"}
+    [dashboard] = dashboards(run)
+    view, absent = workspace(run), {"test/scores_table", "train/routing", "train/experts", "^routing/"}
+    assert missing(view, dashboard) == absent | {"^test/[^/]+/.*measure"}
+    assert unshown(view, dashboard) == set()
+    assert [row["truth"] for row in dashboard.tables["test/confusion_table"]] == NAMES
     checkpoint = f"checkpoint={run}/adapter.safetensors"
     done = cli(evaluate, checkpoint, *DATA, *CLASSES, "output=out")
     assert done.code == 0, done.err

@@ -10,11 +10,10 @@ import cv2
 import numpy as np
 import py_sod_metrics
 import pytest
-from conftest import ROOT, SMALL, Commands, train_in
+from conftest import ROOT, SMALL, Commands, plant_test_set, train_in
 from ranks import command, together
 
 from convlora import evaluate, predict
-from convlora.data.sets.synthetic import draw_scene
 
 TEST_SET = ("dataset=synthetic", "dataset.size=48", "dataset.test_size=5", "loading.num_workers=0")
 QUIET = ("trainer.accelerator=cpu", "trainer.enable_progress_bar=false")
@@ -119,17 +118,6 @@ def test_dataset_must_be_named(cli: Commands, run: Path) -> None:
     done = cli(evaluate, f"checkpoint={run}/adapter.safetensors")
     assert done.code == 1
     assert "dataset" in done.err
-
-
-def plant_test_set(root: Path, count: int) -> None:
-    """Camouflaged scenes in the layout of a test set."""
-    rng = np.random.default_rng(count)
-    for kind in ("Imgs", "GT"):
-        (root / kind).mkdir(parents=True)
-    for i in range(count):
-        image, mask = draw_scene(rng, 48)
-        cv2.imwrite(f"{root}/Imgs/{i}.jpg", image)
-        cv2.imwrite(f"{root}/GT/{i}.png", mask * 255)
 
 
 def test_several_test_sets_have_a_row_each(cli: Commands, run: Path) -> None:

@@ -11,22 +11,24 @@ import torch
 import yaml
 from composed import compose, names
 from conftest import ROOT, SMALL, Commands
+from dashboards import dashboards, missing, workspace
 from processes import Training
 
 from convlora import results, train
 from convlora.run import LAST, SUMMARY, write_record
 from convlora.sweep import tabulate
 
-JOB = (
+LOGGED = (
     *SMALL,
-    "logger=csv",
     "dataset.train_size=4",
     "dataset.val_size=2",
     "dataset.test_size=2",
     "trainer.max_epochs=2",
     "trainer.log_every_n_steps=1",
+    "callbacks.routing.every_n_steps=1",
 )
-GRID = ("-m", *JOB, "peft.rank=0,2", "seed=0,1", "sweep_dir=sweep")
+JOB = (*LOGGED, "logger=csv")
+GRID = ("-m", *LOGGED, "peft.rank=0,2", "seed=0,1", "sweep_dir=sweep")
 
 
 def rows(path: str) -> list[dict[str, str]]:
@@ -65,6 +67,21 @@ def test_a_sweep_that_was_killed_goes_on_and_names_what_failed(cli: Commands, tm
     assert (row["runs"], row["score"]) == ("2", "dice")
     assert float(row["test"]) == pytest.approx(statistics.fmean(values))
     assert float(row["test_error"]) == pytest.approx(abs(values[0] - values[1]) / 2)
+
+    logged = {folder: dashboards(folder) for folder in jobs(SUMMARY)}
+    assert [len(runs) for runs in logged.values()] == [1, 1]  # although one was logged in two parts
+    first, second = (run for runs in logged.values() for run in runs)
+    assert first.run_id != second.run_id
+    assert {*first.name.split()} ^ {*second.name.split()} == {"seed=0", "seed=1"}
+    absent = {"test/confusion", "test/confusion_table", "test/scores_table", "^val/iou_", "^test/[^/]+/iou_"}
+    for run in (first, second):
+        assert (run.group, run.job_type) == ("synthetic/sam_tiny/conv_lora", "train")
+        assert run.tags == ["synthetic", "sam_tiny", "conv_lora"]
+        assert missing(workspace(tmp_path), run) == absent
+    [resumed] = logged[cut]
+    before, after = resumed.steps
+    assert 0 < max(before) <= max(after) == 4
+    assert min(after) >= 2 * (epochs[cut] + 1) - 1
 
 
 def plant(folder: str, validation: float, *arguments: str, mode: str = "max") -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Commands, train_in
-from dashboards import dashboards
+from conftest import SMALL, Commands, plant_test_set, train_in
+from dashboards import dashboards, missing, unshown, workspace
 from PIL import Image
 from processes import Training
 from safetensors.torch import load_file
@@ -36,7 +36,9 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     often = ("trainer.log_every_n_steps=1", "callbacks.routing.every_n_steps=2")
-    settings = (*SMALL, *often, "run_dir=run", "trainer.accumulate_grad_batches=2")
+    plant_test_set(Path("sets/TestDataset/NC4K"), 2)
+    tests = ("data_root=sets", "test_sets=[nc4k]")
+    settings = (*SMALL, *often, *tests, "run_dir=run", "trainer.accumulate_grad_batches=2")
     done = Training(tmp_path, settings).ended()  # whose end W&B's own process waits for
     assert done.code == 0, done.err
     state = load_file("run/adapter.safetensors")
@@ -90,16 +92,28 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_promises(
     assert sum(row["val/dice"] != "" for row in logged) == 2
     assert {column for column in logged[0] if column.startswith("val/")} == {"val/loss", "val/dice"}
     [dashboard] = dashboards(Path("run"))
-    assert dashboard.names >= {
+    assert dashboard.kinds.keys() >= {
         "train/loss", "train/aux_loss", "train/lr", "train/grad_norm", "train/images_per_second",
-        "train/memory_mib", "train/routing", "routing/blocks.0.attn.qkv", "val/loss", "val/dice",
-        "val/overlays", "test/dice", "test/overlays", "test/reliability", "test/curves", "test/routing",
+        "train/memory_mib", "train/routing", "train/experts", "routing/blocks.0.attn.qkv", "val/loss",
+        "val/dice", "val/overlays", "test/overlays", "test/reliability", "test/curves", "test/routing",
         "test/images_table", "test/routing_table",
     }  # fmt: skip
-    assert dashboard.group == "synthetic/sam_tiny/conv_lora"
+    assert (dashboard.group, dashboard.job_type) == ("synthetic/sam_tiny/conv_lora", "train")
     assert dashboard.tags == ["synthetic", "sam_tiny", "conv_lora"]
-    assert dashboard.summary["trainable_parameters"] == trainable
-    assert dashboard.summary["test.dice"] == pytest.approx(summary["test"]["dice"])
+    view, of_classes = workspace(tmp_path), {"test/confusion", "test/confusion_table"}
+    assert missing(view, dashboard) == of_classes | {"^val/iou_", "^test/[^/]+/iou_"}
+    assert unshown(view, dashboard) == set()
+    values = dashboard.summary
+    assert values["trainable_parameters"] == trainable
+    for scores, name in ((summary["test"], "synthetic"), (summary["test_sets"]["nc4k"], "nc4k")):
+        assert {f"test/{name}/{key}": scores[key] for key in scores}.items() <= values.items()
+    assert values["test/dice"] == values["score/test"] == summary["test"]["dice"]
+    assert values["score/val"] == summary["val/dice"]
+    table = dashboard.tables["test/images_table"]
+    assert [row["dataset"] for row in table] == 5 * ["synthetic"] + 2 * ["nc4k"]
+    by_set = [[row["dice"] for row in table[part]] for part in (slice(5), slice(5, 7))]
+    assert by_set == [sorted(scores) for scores in by_set]  # the worst first
+    assert [row["picture"] for row in (*table[:2], *table[5:])] == 4 * ["Image"]
 
 
 @pytest.fixture(scope="module")
@@ -253,15 +267,14 @@ def test_half_precision_trains(cli: Commands, precision: str) -> None:
     )
 
 
-def test_sweep_logs_every_job(cli: Commands) -> None:
-    done = cli(train, "-m", *SMALL, "trainer.max_epochs=1", "peft.num_experts=2,3", "peft.rank=2",
+def test_jobs_of_a_sweep_have_settings_of_their_own(cli: Commands) -> None:
+    done = cli(train, "-m", *QUIET, "trainer.max_epochs=1", "peft.num_experts=2,3", "peft.rank=2",
                "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}")  # fmt: skip
     assert done.code == 0, done.err
     for job, experts in (("0", 2), ("1", 3)):
         assert load_file(f"sweep/{job}/adapter.safetensors")[
             "image_encoder.blocks.0.attn.qkv.gate.weight"
         ].shape == (2, experts)
-        assert list(Path(f"sweep/{job}/wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_early_stopping_keeps_the_best_epoch(cli: Commands) -> None:
