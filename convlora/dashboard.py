@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import wandb
 from rich.console import Console
+from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 from convlora import run
 from convlora.cli import command
@@ -49,9 +50,9 @@ def dashboard(config: DashboardConfig) -> None:
                 "by dry_run=true"
             )
         url = build(config, config.entity or wandb.Api().default_entity or "").save().url  # type: ignore[no-untyped-call]
-    except wandb.Error as error:
+    except (wandb.Error, WandbApiFailedError) as error:
         raise OSError(
-            f"W&B did not take the workspace ({error}); look at entity=, project= and the network, or write "
+            f"W&B did not take the workspace ({str(error).strip()}); look at entity=, project= and the network, or write "
             "it to a file by dry_run=true"
         ) from error
     say(url, markup=False)

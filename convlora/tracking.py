@@ -1,6 +1,7 @@
 """W&B: one run for each run folder, with all that the folder holds."""
 
 import csv
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,13 +56,19 @@ def wandb_logger(
         job_type=job_type,
         tags=list(tags),
         id=identity,
-        save_dir=save_dir,
+        save_dir=Path(save_dir).absolute(),  # W&B's process may have begun elsewhere
         mode=mode,
     )
 
 
 def _silence() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
+    logging.getLogger().addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Return whether a message is more than wandb's about pictures of several sizes, which it shows well."""
+    return not record.getMessage().startswith("Images sizes do not match")
 
 
 @rank_zero_only
