@@ -52,8 +52,8 @@ def dashboard(config: DashboardConfig) -> None:
         url = build(config, config.entity or wandb.Api().default_entity or "").save().url  # type: ignore[no-untyped-call]
     except (wandb.Error, WandbApiFailedError) as error:
         raise OSError(
-            f"W&B did not take the workspace ({str(error).strip()}); look at entity=, project= and the network, or write "
-            "it to a file by dry_run=true"
+            f"W&B did not take the workspace ({str(error).strip()}); look at entity=, project= and the "
+            "network, or write it to a file by dry_run=true"
         ) from error
     say(url, markup=False)
 
