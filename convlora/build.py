@@ -11,6 +11,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     method: Method = make("peft", config.peft)
     head: Head = make("head", config.head)
     check_trainer(config.trainer)
-    check_nodes(config)
+    check_folder(config)
     check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     outline = make_outline(backbone, method, head, data.num_classes)
@@ -288,19 +289,29 @@ def check_trainer(config: Config) -> None:
         )
 
 
-def check_nodes(config: Any) -> None:
-    """Refuse to begin on several nodes, each of which would name the run's folder by its own clock.
+def check_folder(config: Any) -> None:
+    """Refuse to begin in processes that others start, each of which would name the run's folder by its clock.
 
     Args:
         config: attributes by the names of the groups in conf/.
 
     Raises:
-        ValueError: it is one.
+        ValueError: it is one of them.
     """
-    nodes = config.trainer.get("num_nodes") or 1
+    nodes, started = config.trainer.get("num_nodes") or 1, 1
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect():
+            started = environment().world_size()
+            break
+    if max(nodes, started) > 1 and not is_folder_given():
+        cause = f"trainer.num_nodes={nodes}" if nodes > 1 else f"a training in {started} processes"
+        raise ValueError(f"{cause} needs run_dir=FOLDER, a folder that all of them share")
+
+
+def is_folder_given() -> bool:
+    """Return whether the command names the run's folder, and so finds it again."""
     given = {override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task}
-    if nodes > 1 and not given & {"run_dir", "sweep_dir", "resume"}:
-        raise ValueError(f"trainer.num_nodes={nodes} needs run_dir=FOLDER, a folder that all nodes share")
+    return bool(given & {"run_dir", "sweep_dir", "resume"})
 
 
 def missing_devices(config: Config) -> str | None:

@@ -69,7 +69,8 @@ def evaluate(config: EvaluateConfig) -> None:
         {},
     )
     run.make_folder("output", output)
-    results = test_each(trainer, task, tests, output)
+    with run.own_processes(trainer):
+        results = test_each(trainer, task, tests, output)
     if not trainer.is_global_zero:
         return
     images = {test.name: {"images": len(test.listed("test"))} for test in tests}
