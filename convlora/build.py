@@ -274,7 +274,7 @@ def check_trainer(config: Config) -> None:
             f"trainer.precision={config['precision']} must be 32-true, bf16-mixed or 16-mixed; set one"
         )
     strategy = str(config.get("strategy", "auto"))
-    if strategy.startswith(("fsdp", "deepspeed", "modelparallel")):
+    if re.search("fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
         raise ValueError(
             f"trainer.strategy={strategy} shares parameters out over devices, but so few are trained that "
             "each device holds them all; set trainer.strategy=ddp"

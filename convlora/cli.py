@@ -303,6 +303,7 @@ def _quiet() -> None:
         "The number of training batches .* is smaller than the logging interval",
         "It is recommended to use .self.log.*sync_dist",  # the scores are already those of all ranks
         "You passed .* but AMP with fp16 is not supported on CPU",  # said by `build.say_precision`
+        ".*all_gather is deprecated",  # Lightning's own call of it
         "Experiment logs directory",
         "Checkpoint directory .* exists and is not empty",
     ):

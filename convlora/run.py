@@ -211,7 +211,7 @@ def requeue(folder: Path, first: int, is_given: bool) -> str:
     try:
         subprocess.run(["scontrol", "requeue", str(job)], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"not requeued: {error}; submit the job anew with resume=..."
+        return f"not requeued: {error}; submit the job anew"
     return f"requeued: SLURM's job {job} goes on here"
 
 

@@ -170,6 +170,42 @@ def test_a_stopped_run_says_how_to_go_on(
     assert differences(path, whole(*settings)) == []
 
 
+def test_a_run_that_slurm_requeues_goes_on(tmp_path: Path, whole: Whole) -> None:
+    """SLURM announces by SIGUSR1 that the time of a job is up, and starts the same command again."""
+    tool = tmp_path / "bin/scontrol"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho $* >> requeued\n")
+    tool.chmod(0o755)
+    job = {"PATH": f"{tool.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train"}
+    job |= {"SLURM_NTASKS": "1"} | {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
+    command = (*JOB, *WORKERS, "run_dir=run")
+    begun = Training(tmp_path, command, job).until((tmp_path / "run/last.ckpt").is_file)
+    os.killpg(begun.pid, signal.SIGUSR1)  # loader processes too
+    done = begun.ended()
+    assert done.code > 0
+    assert "Traceback" not in done.err + done.out
+    assert "requeued: SLURM's job 17 goes on here" in done.out
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    again = Training(tmp_path, command, job | {"SLURM_RESTART_COUNT": "1"}).ended()
+    assert again.code == 0, again.err
+    assert differences(tmp_path / "run", whole(*WORKERS)) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "requeued", "run"}
+
+
+def test_a_job_that_would_get_no_further_is_not_requeued(
+    done: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", "")
+    for first, is_given, reason in (
+        (0, False, "SLURM's job 17_3 would begin another run; give run_dir=FOLDER"),
+        (EPOCHS, True, "no epoch has ended in the time of SLURM's job 17_3; give it more"),
+        (0, True, "[Errno 2] No such file or directory: 'scontrol'; submit the job anew"),
+    ):
+        assert run.requeue(done, first, is_given) == f"not requeued: {reason}"
+
+
 def test_a_run_stopped_in_its_first_validation_begins_anew(tmp_path: Path, whole: Whole) -> None:
     long = ("dataset.val_size=40", "trainer.max_epochs=1", "trainer.num_sanity_val_steps=0")
     begun = Training(tmp_path, (*JOB, *long, "run_dir=run"))
