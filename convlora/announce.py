@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,21 @@ def announce(config: Any, parts: Parts, folder: Path, trainer: Trainer | None) -
         "run folder": str(folder),
         "warning": shortage,
     }
-    for label, text in lines.items():
-        if text:
-            wrapped = textwrap.wrap(text, COLUMNS - LABEL, break_long_words=False, break_on_hyphens=False)
-            console.print(f"{label:<{LABEL}}" + f"\n{'':<{LABEL}}".join(wrapped))
+    print_lines(lines)
     if backbone.is_random and not data.drawn:
         console.print(
             f"WARNING: {backbone.name} HAS RANDOM WEIGHTS, SO THIS TRAINS A TOY ON REAL IMAGES.\n"
             "WARNING: SET model=sam_vit_b, OR ANOTHER THAT HAS WEIGHTS, FOR RESULTS THAT MEAN ANYTHING.",
             style="bold red",
         )
+
+
+def print_lines(lines: Mapping[str, str | None]) -> None:
+    """Print labels with what there is to say of each, wrapped to the width of a terminal."""
+    for label, text in lines.items():
+        if text:
+            wrapped = textwrap.wrap(text, COLUMNS - LABEL, break_long_words=False, break_on_hyphens=False)
+            console.print(f"{label:<{LABEL}}" + f"\n{'':<{LABEL}}".join(wrapped))
 
 
 def describe_images(data: SegmentationDataModule, *splits: Split) -> str:

@@ -11,6 +11,8 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -106,7 +108,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     method: Method = make("peft", config.peft)
     head: Head = make("head", config.head)
     check_trainer(config.trainer)
-    check_nodes(config)
+    check_folder(config)
     check_precision("trainer.precision", str(config.trainer["precision"]))
     check_frozen_dtype(config.model, str(config.trainer["precision"]))
     outline = make_outline(backbone, method, head, data.num_classes)
@@ -273,7 +275,7 @@ def check_trainer(config: Config) -> None:
             f"trainer.precision={config['precision']} must be 32-true, bf16-mixed or 16-mixed; set one"
         )
     strategy = str(config.get("strategy", "auto"))
-    if strategy.startswith(("fsdp", "deepspeed", "modelparallel")):
+    if re.search("fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
         raise ValueError(
             f"trainer.strategy={strategy} shares parameters out over devices, but so few are trained that "
             "each device holds them all; set trainer.strategy=ddp"
@@ -288,19 +290,29 @@ def check_trainer(config: Config) -> None:
         )
 
 
-def check_nodes(config: Any) -> None:
-    """Refuse to begin on several nodes, each of which would name the run's folder by its own clock.
+def check_folder(config: Any) -> None:
+    """Refuse to begin in processes that others start, each of which would name the run's folder by its clock.
 
     Args:
         config: attributes by the names of the groups in conf/.
 
     Raises:
-        ValueError: it is one.
+        ValueError: it is one of them.
     """
-    nodes = config.trainer.get("num_nodes") or 1
+    nodes, started = config.trainer.get("num_nodes") or 1, 1
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect():
+            started = environment().world_size()
+            break
+    if max(nodes, started) > 1 and not is_folder_given():
+        cause = f"trainer.num_nodes={nodes}" if nodes > 1 else f"a training in {started} processes"
+        raise ValueError(f"{cause} needs run_dir=FOLDER, a folder that all of them share")
+
+
+def is_folder_given() -> bool:
+    """Return whether the command names the run's folder, and so finds it again."""
     given = {override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task}
-    if nodes > 1 and not given & {"run_dir", "sweep_dir", "resume"}:
-        raise ValueError(f"trainer.num_nodes={nodes} needs run_dir=FOLDER, a folder that all nodes share")
+    return bool(given & {"run_dir", "sweep_dir", "resume"})
 
 
 def missing_devices(config: Config) -> str | None:
@@ -361,13 +373,18 @@ def say_precision(wanted: str, taken: str, device: torch.device) -> None:
     """Tell a user whose device does not compute in the precision that was asked for, or does so slowly."""
     if wanted.startswith("16") and taken.startswith("bf16"):
         log.warning("precision=%s is for GPUs; the CPU computes in %s", wanted, taken)
-    check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build
-    if is_half(taken) and device.type == "cpu" and check is not None and not check():
+    if is_half(taken) and device.type == "cpu" and not has_fast_bf16():
         log.warning(
             "precision=%s is many times slower on this CPU, which has no instructions for it; "
             "32-true is the fast one here",
             taken,
         )
+
+
+def has_fast_bf16() -> bool:
+    """Return whether the CPU has instructions for half precision, as far as torch knows."""
+    check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build
+    return check is None or bool(check())
 
 
 def check_frozen_dtype(model: Config, precision: str) -> None:

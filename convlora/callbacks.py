@@ -236,7 +236,8 @@ def test_each(
     results = {}
     for number, data in enumerate(sets):
         place = folder if number == 0 else folder / data.name
-        place.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            place.mkdir(parents=True, exist_ok=True)
         overlays.path = place / "overlays.png"
         for routing in routings:
             routing.folder = place

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from convlora.build import CONF
-from convlora.run import RECORD, assign
+from convlora.run import RECORD, assign, is_requeued
 from convlora.schema import check_keys, resolve, suggest
 from convlora.sweep import attempt
 
@@ -92,6 +92,8 @@ def command(
             if folder is not None and output is not None:
                 config[folder] = output
             given = [] if folder is None else [assign(folder, config[folder])]
+            if output is None and folder is not None and is_requeued():
+                output = config[folder]  # where the run is that this command began before
             begun = rejoin is not None and output is not None and (Path(output) / RECORD).is_file()
             if begun:
                 config["resume"] = output
@@ -301,6 +303,7 @@ def _quiet() -> None:
         "The number of training batches .* is smaller than the logging interval",
         "It is recommended to use .self.log.*sync_dist",  # the scores are already those of all ranks
         "You passed .* but AMP with fp16 is not supported on CPU",  # said by `build.say_precision`
+        ".*all_gather is deprecated",  # Lightning's own call of it
         "Experiment logs directory",
         "Checkpoint directory .* exists and is not empty",
     ):

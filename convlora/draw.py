@@ -329,6 +329,8 @@ def _show(axis: Axes, picture: Picture, label: str) -> None:
     axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
     axis.set_title("\n".join(textwrap.wrap(label, 40, break_long_words=True)), fontsize=9)
     axis.set_axis_off()
+    for unseen in (axis.xaxis, axis.yaxis):  # whose ticks would be laid out all the same
+        unseen.set_visible(False)
 
 
 def _add_legend(figure: Figure, colors: Mapping[str, Color]) -> None:

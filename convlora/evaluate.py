@@ -68,8 +68,10 @@ def evaluate(config: EvaluateConfig) -> None:
         trained.metadata,
         {},
     )
-    run.make_folder("output", output)
-    results = test_each(trainer, task, tests, output)
+    if trainer.is_global_zero:
+        run.make_folder("output", output)
+    with run.own_processes(trainer):
+        results = test_each(trainer, task, tests, output)
     if not trainer.is_global_zero:
         return
     images = {test.name: {"images": len(test.listed("test"))} for test in tests}

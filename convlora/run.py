@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,9 @@ from typing import IO, Any
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from convlora.checkpoint import next_epoch, read_checkpoint
@@ -30,6 +33,8 @@ from convlora.segmenter import Segmenter
 MEBIBYTE = 2**20
 RECORD, LAST, BEST, SUMMARY = "config.yaml", "last.ckpt", "best.ckpt", "summary.json"
 METRICS = "metrics.csv"
+# What Lightning tells the processes that it starts
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 # What a run writes before its first step; all else in its folder is somebody's
 OWN = (RECORD, f"{RECORD}.new", "hparams.yaml", METRICS, "wandb", "tensorboard", ".lock")
 # Settings in which a resumed run may differ: where things lie, and what is shown of them.
@@ -142,8 +147,18 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, once: what comes after the first does not disturb the ending."""
+def interruptible(rank: int) -> Iterator[list[int]]:
+    """Let SIGTERM end a run as Ctrl-C does, once: what comes after the first does not disturb the ending.
+
+    In a job of SLURM so does SIGUSR1, by which it announces that its time is up. Only the process that saves
+    follows it, since another that left would keep that one waiting; SLURM ends them all.
+
+    Args:
+        rank: of this process.
+
+    Yields:
+        The signal that came, once it has come.
+    """
     process = os.getpid()
     came: list[int] = []
 
@@ -157,11 +172,47 @@ def interruptible() -> Iterator[None]:
 
     wanted = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in wanted}
+    if slurm_job() and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:  # not that of hydra's launcher
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN if rank else stop)
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def slurm_job() -> str | None:
+    """Return the job of SLURM, or the task of an array of jobs, that this process belongs to."""
+    if not SLURMEnvironment.detect():
+        return None
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+def is_requeued() -> bool:
+    """Return whether SLURM has started this job before."""
+    return slurm_job() is not None and int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
+def requeue(folder: Path, first: int, is_given: bool) -> str:
+    """Let SLURM start this job again later, if it would get further; returns what a user is told of it.
+
+    Args:
+        folder: of the run.
+        first: epoch, from 0, that the job began with.
+        is_given: whether the command names the folder, and so finds it again.
+    """
+    job = slurm_job()
+    last = folder / LAST
+    if not is_given:
+        return f"not requeued: SLURM's job {job} would begin another run; give run_dir=FOLDER"
+    if not last.is_file() or next_epoch(read_checkpoint(last)) <= first:
+        return f"not requeued: no epoch has ended in the time of SLURM's job {job}; give it more"
+    try:
+        subprocess.run(["scontrol", "requeue", str(job)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"not requeued: {error}; submit the job anew"
+    return f"requeued: SLURM's job {job} goes on here"
 
 
 @contextmanager
@@ -184,6 +235,36 @@ def watch_ranks(tell: Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def own_processes(trainer: Trainer) -> Iterator[None]:
+    """Let the processes that Lightning starts for further devices end with the work of this one.
+
+    It leaves them, and what it told them, to the end of the program, where the next job of a sweep would take
+    itself for one of them.
+    """
+    before = {name: os.environ.get(name) for name in LAUNCHED}
+    grace = 5.0  # seconds, of those that an error leaves behind
+    try:
+        yield
+        grace = 60.0
+    finally:
+        launcher = trainer.strategy.launcher
+        others = []
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            others = launcher.procs.copy()
+            launcher.procs.clear()  # Lightning watches these, and would end this process with any that fails
+        if others:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        for process in others:
+            try:
+                process.wait(grace)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def make_folder(key: str, folder: Path) -> None:

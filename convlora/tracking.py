@@ -27,6 +27,11 @@ def login() -> bool:
     return wandb.login(prompt=False)
 
 
+def wandb_mode() -> str:
+    """Return what a run does with W&B: the variable WANDB_MODE, or online where the machine is logged in."""
+    return os.environ.get("WANDB_MODE") or ("online" if login() else "offline")
+
+
 def wandb_logger(
     project: str, group: str, name: str, job_type: str, tags: Sequence[str], save_dir: str
 ) -> WandbLogger:
@@ -44,8 +49,6 @@ def wandb_logger(
         save_dir: the run's folder.
     """
     _silence()
-    # Told in so many words: the logger's own `offline` sets a variable that wandb may have read already.
-    mode = os.environ.get("WANDB_MODE") or ("online" if login() else "offline")
     kept = Path(save_dir, "wandb", "run_id.txt")
     identity = kept.read_text() if kept.is_file() else generate_id()
     _keep(kept, identity)
@@ -57,7 +60,7 @@ def wandb_logger(
         tags=list(tags),
         id=identity,
         save_dir=Path(save_dir).absolute(),  # W&B's process may have begun elsewhere
-        mode=mode,
+        mode=wandb_mode(),  # the logger's own `offline` sets a variable that wandb may have read
     )
 
 

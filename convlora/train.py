@@ -1,17 +1,19 @@
 """Train: `python -m convlora.train dataset=kvasir model=sam_vit_b peft=conv_lora`."""
 
+import traceback
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Any
 
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
-from convlora import adapter, draw, results, run
+from convlora import adapter, draw, memory, results, run
 from convlora.announce import announce, devices_of
-from convlora.build import Parts, make_parts, make_segmenter, make_trainer, match_width
+from convlora.build import Parts, is_folder_given, make_parts, make_segmenter, make_trainer, match_width
 from convlora.callbacks import (
     Overlays,
     Vitals,
@@ -89,7 +91,7 @@ def train(config: TrainConfig) -> float | None:
     trainer.strategy.checkpoint_io = WholeFiles()
     announce(config, parts, folder, trainer)
     with ExitStack() as stack:
-        stack.enter_context(run.interruptible())
+        came = stack.enter_context(run.interruptible(trainer.global_rank))
         stack.enter_context(run.watch_ranks(lambda: run.what_is_kept(folder, trainer, ChildProcessError())))
         try:
             if trainer.is_global_zero:
@@ -97,11 +99,17 @@ def train(config: TrainConfig) -> float | None:
                 stack.enter_context(run.hold(folder, size, lambda: trainer.global_step > 0))
             if config.resume is None:  # nor has another been here since
                 run.check_unused(folder)
-            return fit_and_test(config, parts, folder, trainer)
+            with run.own_processes(trainer):
+                return fit_and_test(config, parts, folder, trainer)
         except BaseException as error:
             is_told = trainer.global_step > 0 or isinstance(error, KeyboardInterrupt | SystemExit)
             if trainer.is_global_zero and is_told:
                 console.print(run.what_is_kept(folder, trainer, error), markup=False)
+            if memory.is_out_of_memory(error):
+                traceback.clear_frames(error.__traceback__)  # which hold what takes the memory
+                raise OSError(f"memory ran out: {memory.shortage(config, parts)}") from error
+            if SIGUSR1 in came:
+                console.print(run.requeue(folder, parts.data.start_epoch, is_folder_given()), markup=False)
             if "DataLoader worker (pid" in str(error):  # torch's word for a loader process that was killed
                 raise OSError(f"{error}; if memory ran out, lower loading.num_workers") from error
             if trainer.world_size > 1 and "by peer" in str(error):  # gloo's word for a process that has ended

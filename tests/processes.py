@@ -1,12 +1,13 @@
 """Trainings in processes of their own, which a test can stop."""
 
+import importlib
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import Finished
@@ -15,30 +16,38 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["convlora.train"])  # seconds of imports, once for all
 
 
-def _train(folder: Path, arguments: tuple[str, ...], out: Path, err: Path) -> None:
+def _run(
+    module: str, folder: Path, arguments: tuple[str, ...], variables: dict[str, str], out: Path, err: Path
+) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as a command has it on Linux
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background would ignore
-    os.environ["WANDB_MODE"] = "offline"
+    os.environ |= {"WANDB_MODE": "offline", **variables}
     os.setsid()
     os.chdir(folder)
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
-    sys.argv = ["convlora.train", *arguments]
-    from convlora import train
-
-    train.main()
+    sys.argv = [module, *arguments]
+    command = importlib.import_module(module)
+    sys.modules["__main__"].__spec__ = command.__spec__  # of which Lightning starts further processes
+    command.main()
 
 
 @dataclass
 class Training:
-    """`python -m convlora.train ARGUMENTS` in a folder, leading a process group of its own."""
+    """`python -m convlora.train ARGUMENTS` in a folder, leading a process group of its own.
+
+    Another command may take its place, and variables of the environment be given.
+    """
 
     folder: Path
     arguments: tuple[str, ...]
+    variables: dict[str, str] = field(default_factory=dict)
+    module: str = "convlora.train"
 
     def __post_init__(self) -> None:
         self.out, self.err = (self.folder / f"{id(self)}.{stream}" for stream in ("out", "err"))
-        self.process = CONTEXT.Process(target=_train, args=(self.folder, self.arguments, self.out, self.err))
+        given = (self.module, self.folder, self.arguments, self.variables, self.out, self.err)
+        self.process = CONTEXT.Process(target=_run, args=given)
         self.process.start()
 
     @property

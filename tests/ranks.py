@@ -43,7 +43,7 @@ def command(rank: int, folder: Path, module: str, *arguments: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the other has been started
     rank_zero_only.rank = rank
     os.chdir(folder)
-    sys.argv = [module, *arguments, f"trainer.devices={RANKS}", "trainer.strategy=ddp"]
+    sys.argv = [module, *arguments, f"trainer.devices={RANKS}"]
     importlib.import_module(module).main()
 
 

@@ -56,6 +56,13 @@ class Noise(Callback):
         torch.save(torch.stack(self.drawn), Path(trainer.default_root_dir, f"noise-{trainer.global_rank}.pt"))
 
 
+class NoSearch(Callback):
+    """Fails where each step looks for parameters that it did not use."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert trainer.strategy.model.find_unused_parameters is False
+
+
 class SteadyGate(Gate):
     """Routes without noise, balance loss or parameters: by a fixed projection of each map's mean."""
 

@@ -54,6 +54,9 @@ def one_line(err: str) -> str:
         (train, "dry_run=true optimizer.lr=null", "optimizer.lr=null is not possible: input should be a "),
         (train, "dry_run=true trainer.devices=[]", "trainer.devices=[] trains on nothing; set trainer.de"),
         (train, "dry_run=true trainer.strategy=fsdp", "trainer.strategy=fsdp shares parameters out over"),
+        (train, "dry_run=true trainer.strategy=deepspeed", "trainer.strategy=deepspeed shares parameters o"),
+        (train, "dry_run=true trainer.strategy={_target_:lightning.pytorch.strategies.ModelParallelStrategy}",
+         "trainer.strategy={'_target_': 'lightning.pytorch.strategies.ModelParallelStrategy'} shares parame"),
         (train, "dry_run=true trainer.num_nodes=2", "trainer.num_nodes=2 needs run_dir=FOLDER, a folder t"),
         (train, "dry_run=true peft.gate=soft", "peft.gate=soft is not possible: input should be an instance o"
          "f Gate; write peft/gate=soft"),
@@ -103,6 +106,25 @@ def test_a_mistake_is_one_line_that_names_the_key(
     assert done.code == 1
     assert one_line(done.err).startswith(f"error: {message}")
     assert [path.name for path in Path.cwd().iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "launched",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"},
+        {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"},
+    ],
+    ids=["srun", "torchrun"],
+)
+def test_processes_that_others_start_must_be_told_their_folder(
+    cli: Commands, monkeypatch: pytest.MonkeyPatch, launched: dict[str, str]
+) -> None:
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    refused = cli(train, "dry_run=true")
+    assert refused.code == 1
+    assert "a training in 2 processes needs run_dir=FOLDER, a folder that all of them share" in refused.err
+    assert cli(train, "dry_run=true", "run_dir=run").code == 0
 
 
 def test_any_argument_of_lightnings_trainer_is_taken_as_it_is(cli: Commands) -> None:

@@ -2,21 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from composed import compose
 from conftest import Commands
-from literal import ReleasedLoRALinear
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sam_models import SIDE, State, change, images, masks_of, told, trained
 from torch import Tensor, nn
-from transformers import SamConfig, SamModel
 
 from convlora import adapter, convert, predict
 from convlora.sam.checkpoints import hash_file
@@ -24,7 +21,6 @@ from convlora.sam.hugging_face import DECODER_EPS, sam_name
 from convlora.sam.zoo import SamViT
 from convlora.schema import resolve
 
-SIDE = 64
 MODEL = (
     "model=sam_tiny",
     "model.embed_dim=16",
@@ -36,49 +32,10 @@ MODEL = (
     "model.decoder_dim=32",
     "model.decoder_mlp_dim=24",
 )
-CONFIG = SamConfig(
-    vision_config={
-        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "global_attn_indexes": [1],
-        "image_size": SIDE, "patch_size": 8, "window_size": 3, "output_channels": 32, "num_pos_feats": 16,
-    },
-    prompt_encoder_config={"hidden_size": 32, "image_size": SIDE, "patch_size": 8},
-    mask_decoder_config={"hidden_size": 32, "mlp_dim": 24},
-)  # fmt: skip
 TINY = SamViT(
     name="sam_tiny", embed_dim=16, depth=3, num_heads=2, global_attn_indexes=[1], image_size=SIDE,
     patch_size=8, window_size=3, decoder_dim=32, decoder_mlp_dim=24,
 )  # fmt: skip
-QKV = [f"layers.{block}.attn.qkv" for block in range(3)]
-
-
-def trained(num_experts: int = 3, layers: Sequence[str] = QKV, alpha: float = 32.0) -> SamModel:
-    """A SamModel as AutoGluon leaves it after a training, with weights that make every part count."""
-    torch.manual_seed(0)
-    sam = SamModel(CONFIG)
-    decoder = sam.mask_decoder
-    decoder.num_mask_tokens = 1
-    decoder.mask_tokens = nn.Embedding(1, 32)
-    decoder.output_hypernetworks_mlps = decoder.output_hypernetworks_mlps[:1]
-    for name in layers:
-        linear = sam.vision_encoder.get_submodule(name)
-        sam.vision_encoder.set_submodule(name, ReleasedLoRALinear(linear, 2, alpha, num_experts))
-    with torch.no_grad():
-        for name, value in sam.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            value.normal_(around, value[0].numel() ** -0.5 if value.ndim > 1 else 0.2)
-            if "lora_B" in name or "token" in name or (name.startswith("mask_decoder.") and "bias" in name):
-                value.mul_(0.02)  # as small as trained ones are, so that epsilons count
-    return sam.eval()
-
-
-def images() -> Tensor:
-    return torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def masks_of(sam: SamModel) -> Tensor:
-    masks = sam(images(), multimask_output=False).pred_masks[:, 0]
-    return F.interpolate(masks, (SIDE, SIDE), mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()
@@ -87,18 +44,18 @@ def masks_by(path: str | Path, weights: str | None = None) -> Tensor:
     return logits
 
 
-def assert_same(found: Tensor, sam: SamModel) -> None:
-    expected = masks_of(sam)
+def assert_same(found: Tensor, name: str = "conv_lora") -> None:
+    expected = masks_of(name)
     assert expected.std() > 0.02
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def parts(sam: SamModel) -> dict[str, Tensor]:
+def parts(state: State) -> State:
     """What was trained, as it is saved without the frozen tensors."""
     frozen = "mask_decoder.iou_prediction_head."
     return {
         name: value
-        for name, value in sam.state_dict().items()
+        for name, value in state.items()
         if ".lora_" in name or (name.startswith("mask_decoder.") and not name.startswith(frozen))
     }
 
@@ -113,7 +70,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the whole model, `model.pth`, converted to `whole.safetensors` on `base.pth`."""
     folder = tmp_path_factory.mktemp("made")
-    torch.save(trained().state_dict(), folder / "model.pth")
+    torch.save(trained(), folder / "model.pth")
     paths = {"checkpoint": "model.pth", "output": "whole.safetensors", "base": "base.pth"}
     config = compose("convert", *MODEL, *(f"{key}={folder / name}" for key, name in paths.items()))
     convert.convert(convert.ConvertConfig(**resolve(config)))
@@ -128,17 +85,15 @@ def run(cli: Commands, made: Path) -> Commands:
 
 
 def test_every_tensor_of_a_sam_model_has_its_place() -> None:
-    theirs = {sam_name(name): value.shape for name, value in SamModel(CONFIG).state_dict().items()}
-    assert theirs == {name: value.shape for name, value in TINY.build().state_dict().items()}
+    theirs = {sam_name(name): shape for name, shape in told("shapes").items()}
+    assert theirs == {name: [*value.shape] for name, value in TINY.build().state_dict().items()}
 
 
 def test_every_norm_has_the_epsilon_of_a_sam_model() -> None:
     def epsilons(sam: nn.Module) -> dict[str, float]:
-        return {
-            sam_name(f"{name}."): module.eps for name, module in sam.named_modules() if hasattr(module, "eps")
-        }
+        return {f"{name}.": module.eps for name, module in sam.named_modules() if hasattr(module, "eps")}
 
-    theirs = epsilons(SamModel(CONFIG))
+    theirs = {sam_name(f"{name}."): eps for name, eps in told("epsilons").items()}
     assert len(theirs) == 20
     assert epsilons(replace(TINY, decoder_eps=DECODER_EPS).build()) == theirs
     differing = theirs.items() - epsilons(TINY.build()).items()
@@ -148,7 +103,7 @@ def test_every_norm_has_the_epsilon_of_a_sam_model() -> None:
 
 
 def test_a_converted_model_gives_the_same_masks(run: Commands) -> None:
-    assert_same(masks_by("whole.safetensors"), trained())
+    assert_same(masks_by("whole.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +118,7 @@ def test_a_converted_model_gives_the_same_masks(run: Commands) -> None:
 def test_every_form_of_a_checkpoint_gives_the_same_masks(
     run: Commands, prefix: str, file: str, whole: bool
 ) -> None:
-    state = trained().state_dict() if whole else parts(trained())
+    state = trained() if whole else parts(trained())
     state = {f"{prefix}{name}": value.clone() for name, value in state.items()}
     if file.endswith("safetensors"):
         save_file(state, file)
@@ -172,31 +127,29 @@ def test_every_form_of_a_checkpoint_gives_the_same_masks(
     done = run(convert, *MODEL, f"checkpoint={file}", "output=a.safetensors", "model.weights=base.pth")
     assert done.code == 0, done.err
     assert "rank 2 with 3 experts, adapter: a.safetensors\nalpha 32, which the file does not hold" in done.out
-    assert_same(masks_by("a.safetensors"), trained())
+    assert_same(masks_by("a.safetensors"))
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "layers", "targets", "blocks"),
+    ("name", "num_experts", "targets", "blocks"),
     [
-        (0, QKV, ["qkv"], None),
-        (12, QKV[1:], ["qkv"], [1, 2]),
-        (3, [*QKV, *(f"layers.{i}.mlp.lin2" for i in range(3))], ["lin2", "qkv"], None),
-        (2, ["layers.0.attn.qkv", "layers.2.mlp.lin1"], ["blocks.0.attn.qkv", "blocks.2.mlp.lin1"], None),
+        ("lora", 0, ["qkv"], None),
+        ("blocks", 12, ["qkv"], [1, 2]),
+        ("mlp", 3, ["lin2", "qkv"], None),
+        ("irregular", 2, ["blocks.0.attn.qkv", "blocks.2.mlp.lin1"], None),
     ],
-    ids=["lora", "blocks", "mlp", "irregular"],
 )
 def test_rank_experts_and_layers_are_read_from_the_file(
-    cli: Commands, num_experts: int, layers: list[str], targets: list[str], blocks: list[int] | None
+    cli: Commands, name: str, num_experts: int, targets: list[str], blocks: list[int] | None
 ) -> None:
-    sam = trained(num_experts, layers, alpha=8.0)
-    torch.save(sam.state_dict(), "model.pth")
+    torch.save(trained(name), "model.pth")
     done = cli(convert, *MODEL, "alpha=8", "checkpoint=model.pth", "output=a.safetensors", "base=base.pth")
     assert done.code == 0, done.err
     peft = json.loads(metadata_of(Path("a.safetensors"))["config"])["peft"]
     assert (peft["rank"], peft.get("num_experts", 0)) == (2, num_experts)
     assert (peft["targets"], peft["blocks"]) == (targets, blocks)
     assert peft["_target_"].endswith("ConvLoRA" if num_experts else "lora.LoRA")
-    assert_same(masks_by("a.safetensors"), sam)
+    assert_same(masks_by("a.safetensors"), name)
 
 
 def test_without_the_decoders_epsilon_the_masks_differ(run: Commands) -> None:
@@ -205,19 +158,17 @@ def test_without_the_decoders_epsilon_the_masks_differ(run: Commands) -> None:
     config = json.loads(metadata["config"])
     assert config["model"].pop("decoder_eps") == 1e-6
     save_file(load_file(path), path, metadata | {"config": json.dumps(config)})
-    assert (masks_by(path) - masks_of(trained())).abs().max() > 1e-4
+    assert (masks_by(path) - masks_of("conv_lora")).abs().max() > 1e-4
 
 
 def test_base_weights_of_the_file_are_those_of_the_adapter(run: Commands) -> None:
     assert metadata_of(Path("whole.safetensors"))["base_sha256"] == hash_file(Path("base.pth"))
     Path("base.pth").rename("moved.pth")
-    assert_same(masks_by("whole.safetensors", weights="moved.pth"), trained())
+    assert_same(masks_by("whole.safetensors", weights="moved.pth"))
 
 
 def test_other_frozen_tensors_are_refused_with_a_way_out(run: Commands) -> None:
-    state = trained().state_dict()
-    state["vision_encoder.layers.1.attn.qkv.weight"] *= 1.01
-    torch.save(state, "other.pth")
+    torch.save(change(trained(), "other base"), "other.pth")
     other = (*MODEL, "checkpoint=other.pth", "output=a.safetensors")
     refused = run(convert, *other, "model.weights=base.pth")
     assert refused.code == 1
@@ -226,15 +177,12 @@ def test_other_frozen_tensors_are_refused_with_a_way_out(run: Commands) -> None:
     assert "model=sam_tiny has no weights of its own; set model.weights=PATH" in unknown.err
     assert not Path("a.safetensors").exists()
     assert run(convert, *other, "base=other_base.pth").code == 0
-    sam = trained()
-    sam.load_state_dict(state)
-    assert_same(masks_by("a.safetensors"), sam)
+    assert_same(masks_by("a.safetensors"), "other base")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_widened(run: Commands, dtype: torch.dtype) -> None:
-    state = {name: value.to(dtype) for name, value in trained().state_dict().items()}
-    torch.save(state, "half.pth")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_widened(run: Commands, dtype: str) -> None:
+    torch.save(change(trained(), dtype), "half.pth")
     half = (*MODEL, "checkpoint=half.pth")
     other = ("model.frozen_dtype=bfloat16", "model.image_size=48")
     smaller = run(convert, *half, *other, "output=small.safetensors", "model.weights=base.pth")
@@ -245,9 +193,7 @@ def test_half_precision_is_widened(run: Commands, dtype: torch.dtype) -> None:
     assert run(convert, *half, "output=exact.safetensors", "base=half_base.pth").code == 0
     base = torch.load("half_base.pth", weights_only=True)
     assert {value.dtype for value in base.values()} == {torch.float32}
-    sam = trained()
-    sam.load_state_dict({name: value.float() for name, value in state.items()})
-    assert_same(masks_by("exact.safetensors"), sam)
+    assert_same(masks_by("exact.safetensors"), dtype)
 
 
 def test_predict_takes_it_like_any_other_from_any_folder(
@@ -270,12 +216,11 @@ def test_predict_takes_it_like_any_other_from_any_folder(
 
 
 def test_the_table_of_positions_is_the_one_that_a_sam_model_reads(cli: Commands) -> None:
-    sam = trained()
-    state = {name: value.clone() for name, value in sam.state_dict().items()}
+    state = trained()
     state["prompt_encoder.shared_embedding.positional_embedding"] *= 2
     torch.save(state, "model.pth")
     assert cli(convert, *MODEL, "checkpoint=model.pth", "output=a.safetensors", "base=base.pth").code == 0
-    assert_same(masks_by("a.safetensors"), sam)
+    assert_same(masks_by("a.safetensors"))
 
 
 def spoil(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -356,7 +301,7 @@ class Code:
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_told_in_one_line(run: Commands, arguments: str, message: str) -> None:
-    state = trained().state_dict()
+    state = trained()
     for name, spoilt in spoil(state).items():
         if name in arguments:
             torch.save(spoilt, name)

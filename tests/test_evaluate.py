@@ -1,16 +1,14 @@
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import py_sod_metrics
 import pytest
-from conftest import ROOT, SMALL, Commands, plant_test_set, train_in
+from conftest import SMALL, Commands, plant_test_set, train_in
+from processes import Training
 from ranks import command, together
 
 from convlora import evaluate, predict
@@ -35,13 +33,10 @@ def scores(folder: str | Path) -> dict[str, float]:
     return {name: value for name, value in record.items() if isinstance(value, int | float)}
 
 
-def test_adapter_reproduces_its_scores_in_a_new_process(run: Path) -> None:
+def test_adapter_reproduces_its_scores_in_a_new_process(run: Path, tmp_path: Path) -> None:
     arguments = (f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "output=again")
-    subprocess.run(
-        [sys.executable, "-m", "convlora.evaluate", *arguments],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    done = Training(tmp_path, arguments, module=evaluate.__name__).ended()
+    assert done.code == 0, done.err
     expected = json.loads((run / "summary.json").read_text())["test"]
     found = scores("again")
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)

@@ -53,13 +53,15 @@ class Whole:
     def __init__(self, folder: Path):
         self.folder = folder
         self.runs: dict[tuple[str, ...], Path] = {}
+        self.seconds: dict[tuple[str, ...], float] = {}
 
     def __call__(self, *settings: str) -> Path:
         if settings not in self.runs:
             path = self.folder / f"whole{len(self.runs)}"
+            start = time.monotonic()
             done = Training(self.folder, (*JOB, *settings, f"run_dir={path}")).ended()
             assert done.code == 0, done.err
-            self.runs[settings] = path
+            self.runs[settings], self.seconds[settings] = path, time.monotonic() - start
         return self.runs[settings]
 
 
@@ -112,11 +114,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, whole: Whole, settings
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_as_if_nothing_had_been(tmp_path: Path, whole: Whole) -> None:
-    """CONVLORA_KILLS=20 tries more runs than two."""
-    start = time.monotonic()
+    """CONVLORA_KILLS=20 tries more runs than one."""
     expected = whole(*WORKERS)
-    seconds, draw, unlike = time.monotonic() - start, random.Random(0), {}
-    total = int(os.environ.get("CONVLORA_KILLS", "2"))
+    seconds, draw, unlike = whole.seconds[WORKERS], random.Random(0), {}
+    total = int(os.environ.get("CONVLORA_KILLS", "1"))
     for number in range(total):
         path = tmp_path / f"run{number}"
         moments = [draw.uniform(0, seconds) for _ in range(draw.randint(1, 3))]
@@ -168,6 +169,42 @@ def test_a_stopped_run_says_how_to_go_on(
     resumed = Training(tmp_path, tuple(told_command(done.out, "go on: "))).ended()
     assert resumed.code == 0, resumed.err
     assert differences(path, whole(*settings)) == []
+
+
+def test_a_run_that_slurm_requeues_goes_on(tmp_path: Path, whole: Whole) -> None:
+    """SLURM announces by SIGUSR1 that the time of a job is up, and starts the same command again."""
+    tool = tmp_path / "bin/scontrol"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho $* >> requeued\n")
+    tool.chmod(0o755)
+    job = {"PATH": f"{tool.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train"}
+    job |= {"SLURM_NTASKS": "1"} | {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
+    command = (*JOB, *WORKERS, "run_dir=run")
+    begun = Training(tmp_path, command, job).until((tmp_path / "run/last.ckpt").is_file)
+    os.killpg(begun.pid, signal.SIGUSR1)  # loader processes too
+    done = begun.ended()
+    assert done.code > 0
+    assert "Traceback" not in done.err + done.out
+    assert "requeued: SLURM's job 17 goes on here" in done.out
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    again = Training(tmp_path, command, job | {"SLURM_RESTART_COUNT": "1"}).ended()
+    assert again.code == 0, again.err
+    assert differences(tmp_path / "run", whole(*WORKERS)) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "requeued", "run"}
+
+
+def test_a_job_that_would_get_no_further_is_not_requeued(
+    done: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", "")
+    for first, is_given, reason in (
+        (0, False, "SLURM's job 17_3 would begin another run; give run_dir=FOLDER"),
+        (EPOCHS, True, "no epoch has ended in the time of SLURM's job 17_3; give it more"),
+        (0, True, "[Errno 2] No such file or directory: 'scontrol'; submit the job anew"),
+    ):
+        assert run.requeue(done, first, is_given) == f"not requeued: {reason}"
 
 
 def test_a_run_stopped_in_its_first_validation_begins_anew(tmp_path: Path, whole: Whole) -> None:

@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 Activation = Literal["gelu", "identity"]
@@ -241,7 +242,8 @@ def _read_off(
     linear = activation == "identity"
     m = 1 if linear or all(scale % 2 == 1 for scale in scales) else POINTS[interpolation]
     samples, points = [], []
-    with torch.inference_mode(False), torch.no_grad():  # kept for training, wherever they are made
+    # kept for training, wherever they are made, also where tensors have no data while a step is followed
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
         for scale in scales:
             grid = grid_size(size, scale)
             read = 1 if scale % 2 == 1 else POINTS[interpolation]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 # Scores held at a time on a CPU: few enough for its caches, enough for its matrix products.
 TILE = 2**21
@@ -186,7 +187,8 @@ def position_of_keys(h: int, w: int, device: torch.device) -> tuple[Tensor, Tens
 
 @cache
 def _position_of_keys(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # kept for training, wherever it is made
+    # kept for training, wherever it is made, also where tensors have no data while a step is followed
+    with unset_fake_temporarily(), torch.inference_mode(False):
         row, col = torch.eye(h, device=device), torch.eye(w, device=device)
         return row[:, None].expand(h, w, h).contiguous(), col.expand(h, w, w).contiguous()
 

@@ -1,0 +1,114 @@
+"""Look whether a training can run here: `python -m convlora.doctor dataset=kvasir model=sam_vit_b`."""
+
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from convlora import memory, run
+from convlora.announce import console, print_lines
+from convlora.build import Parts, has_fast_bf16, make_parts, missing_devices
+from convlora.cli import command
+from convlora.data.module import Split
+from convlora.tracking import wandb_mode
+from convlora.train import TrainConfig, replay, settle
+
+PACKAGES = ("convlora", "torch", "torchvision", "lightning", "segment-anything", "hydra-core", "wandb")
+MODES = {
+    "online": "logged in, runs are sent as they go",
+    "offline": "not logged in, runs stay in their folders; `wandb login` sends later ones",
+}
+
+
+def doctor(config: TrainConfig) -> None:
+    """Print what a training with these settings finds here, and whether it fits; it trains nothing.
+
+    Raises:
+        SystemExit: with code 1 where something is missing or does not fit.
+        ValueError: no training has such settings.
+    """
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError("doctor looks at one training at a time; leave out -m")
+    config = settle(config)
+    parts = make_parts("train", config)
+    folder = next(each for each in Path(config.run_dir).absolute().parents if each.is_dir())
+    mode = wandb_mode()
+    print_lines(
+        {
+            "versions": ", ".join(
+                [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
+            ),
+            "device": describe(memory.device_of(config)),
+            "disk": f"{memory.spell(shutil.disk_usage(folder).free)} free for {config.run_dir}",
+            "W&B": MODES.get(mode, mode),
+        }
+    )
+    problems = [shortage] if (shortage := missing_devices(config.trainer)) else []
+    try:
+        run.check_room(folder, run.count(parts.outline, trainable=True))
+    except OSError as error:
+        problems.append(str(error))
+    problems += check_files(parts)
+    problems += check_memory(config, parts)
+    for problem in problems:
+        console.print(f"error: {problem}")
+    if problems:
+        raise SystemExit(1)
+    console.print("nothing is missing, and it fits")
+
+
+def describe(device: str) -> str:
+    """Return what the device is, and what it computes fast."""
+    if device == "cuda":
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}"
+    fast = "bf16-mixed and 32-true" if has_fast_bf16() else "32-true, bf16-mixed being many times slower"
+    return f"CPU, {torch.get_num_threads()} threads; trainer.precision={fast}"
+
+
+def check_files(parts: Parts) -> list[str]:
+    """Print which images and weights are there; returns what is missing, with the way to get it."""
+    backbone, problems = parts.backbone, []
+    if backbone.weights is not None and not Path(backbone.weights).expanduser().is_file():
+        problems.append(f"{backbone.name}: no weights file at {backbone.weights}; set model.weights=PATH")
+    lines = {"weights": backbone.weights_source()}
+    for data in parts.tests:
+        splits: tuple[Split, ...] = data.splits if data is parts.data else ("test",)
+        try:
+            lines[data.name] = ", ".join(f"{len(data.listed(split)):,} {split}" for split in splits)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    print_lines(lines)
+    return problems
+
+
+def check_memory(config: TrainConfig, parts: Parts) -> list[str]:
+    """Print what a training takes at its peak, part by part; returns what to set where that is too much."""
+    room, batch = memory.room_of(config), config.loading["batch_size"]
+    needed = memory.footprint_of(config, parts)
+    shares = {
+        "program": needed.program,
+        "weights": needed.weights,
+        "gradients": needed.gradients,
+        "optimiser": needed.optimizer,
+        f"activations of {batch} image{'s' * (batch > 1)}": batch * needed.per_image,
+    }
+    parted = ", ".join(f"{name} {memory.spell(size)}" for name, size in shares.items())
+    print_lines(
+        {
+            "peak memory": f"{memory.spell(needed.total(batch))} a device: {parted}",
+            "free memory": f"{memory.spell(room)} a device, enough for a batch of "
+            f"{needed.largest_batch(room):,} images",
+        }
+    )
+    return [] if needed.total(batch) <= room else [memory.shortage(config, parts)]
+
+
+main = command("train", TrainConfig, doctor, replay=replay)
+
+if __name__ == "__main__":
+    main()
