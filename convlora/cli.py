@@ -17,7 +17,12 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from hydra.utils import get_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -287,6 +292,10 @@ def _explain(error: Exception, full: bool) -> str:
         message = f"{error.full_key} must be given; write {error.full_key}=VALUE"
     elif isinstance(error, OmegaConfBaseException):  # what follows are its internals
         message = message.splitlines()[0]
+    elif isinstance(error, OverrideParseException):
+        key, _, value = error.override.lstrip("+").partition("=")
+        one = f"{key}='{value}'"
+        message = f'{key}={value} cannot be read; where it is one value, quote it twice: "{one}"'
     elif isinstance(error, HydraException):  # which quotes arguments as `_loosen` left them
         message = re.sub(r"\+\+(?=\w)|See https://hydra\S+.*", "", message)
     return f"error: {' '.join(message.split())}"

@@ -53,7 +53,7 @@ def scatter(
             axis.set(xscale="log")
         else:
             axis.xaxis.set_major_locator(MaxNLocator(4))
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         return _svg(figure, name, f"{y} against {x}, a point for each setting by its number")
 
 
