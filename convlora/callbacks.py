@@ -43,8 +43,8 @@ class Vitals(Callback):
         """Begin to count anew, so that what a validation took counts for nothing."""
         self._since, self._images = time.monotonic(), 0
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._images += len(batch.images) * trainer.world_size
 

@@ -95,7 +95,7 @@ def check_memory(config: TrainConfig, parts: Parts) -> list[str]:
         "weights": needed.weights,
         "gradients": needed.gradients,
         "optimiser": needed.optimizer,
-        f"activations of {batch} image{'s' * (batch > 1)}": batch * needed.per_image,
+        f"activations of {batch} image{'s' * (batch > 1)}": needed.activations(batch),
     }
     parted = ", ".join(f"{name} {memory.spell(size)}" for name, size in shares.items())
     print_lines(

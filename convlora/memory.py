@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,12 +22,13 @@ from convlora.run import MEBIBYTE
 from convlora.sam.zoo import Backbone
 from convlora.task import parameter_groups
 
-# Beside the tensors: on a CPU what the C library's heap keeps of freed ones, as a share of what a step
-# without checkpointing holds, and what kernels need; on a GPU the allocator's gaps and the context. On a CPU
-# no measurement of `python -m benchmarks.memory` lies above the estimate with these.
-HEAP = {"cpu": 0.6, "cuda": 0.15}
-RUNTIME = {"cpu": 320 * MEBIBYTE, "cuda": 640 * MEBIBYTE}
-
+# Freed memory that is not given back, as a share of the tensors that a step without checkpointing holds at
+# its peak. On a CPU the C library keeps those below 32 MiB in a heap with gaps, and hands greater ones back;
+# on a GPU the allocator's blocks have gaps. Beside that, what kernels need; on a GPU also the context. Those
+# of the CPU are such that no measurement of `python -m benchmarks.memory` lies above its estimate.
+MAPPED = 32 * MEBIBYTE
+GAPS = {"cpu": (1.6, 0.45), "cuda": (0.15, 0.15)}
+RUNTIME = {"cpu": 205 * MEBIBYTE, "cuda": 640 * MEBIBYTE}
 
 # What this program holds by itself, bytes: read when all it needs is loaded, and there is no model yet
 PROGRAM = psutil.Process().memory_info().rss
@@ -37,49 +40,54 @@ SMALLEST = 64  # pixels, below which no image is advised to be made smaller
 
 @dataclass(frozen=True)
 class Footprint:
-    """The peak memory of a device in a training step, bytes by part.
+    """The peak memory of a device in a training step.
 
     Attributes:
-        program: what there is before there is a model, and what kernels need.
-        weights: the model's tensors, frozen and trained.
-        gradients: of the trained tensors, with the buffers in which several processes exchange them.
-        optimizer: its state.
-        per_image: what a step holds for each image of the device's batch.
+        program: what there is before there is a model, and what kernels need, bytes.
+        weights: the model's tensors, frozen and trained, bytes.
+        gradients: of the trained tensors, with the buffers in which several processes exchange them, bytes.
+        optimizer: its state, bytes.
+        held: sizes of the tensors that a step of one image holds at its peak, bytes.
+        freed: sizes of those whose memory leaves gaps, bytes.
+        gaps: how much of the freed ones, below `MAPPED` and from there on.
     """
 
     program: int
     weights: int
     gradients: int
     optimizer: int
-    per_image: int
+    held: NDArray[np.int64]
+    freed: NDArray[np.int64]
+    gaps: tuple[float, float]
 
     def total(self, batch_size: int) -> int:
-        """Return the peak with so many images a device."""
-        return self.total_but_images + batch_size * self.per_image
+        """Return the peak with so many images a device, bytes."""
+        return self.program + self.weights + self.gradients + self.optimizer + self.activations(batch_size)
 
-    @property
-    def total_but_images(self) -> int:
-        """What does not depend on the batch."""
-        return self.program + self.weights + self.gradients + self.optimizer
+    def activations(self, batch_size: int) -> int:
+        """Return what a step holds for so many images, and the gaps that it leaves, bytes."""
+        freed = batch_size * self.freed
+        below, above = self.gaps
+        gaps = np.where(freed < MAPPED, below, above) @ freed
+        return batch_size * int(self.held.sum()) + int(gaps)
 
-    def largest_batch(self, available: int) -> int:
+    def largest_batch(self, room: int) -> int:
         """Return how many images a device can take at a time; 0 where not even one fits."""
-        return max(0, (available - self.total_but_images) // self.per_image)
+        least = int(self.held.sum() + min(self.gaps) * self.freed.sum())  # of an image in the greatest batch
+        most = max(0, (room - self.total(0)) // least)
+        return next(size for size in range(most, -1, -1) if size == 0 or self.total(size) <= room)
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of the tensors that are made while it is on, each for as long as it lives.
+    """Notes the sizes of the tensors that are made while it is on, for as long as each lives.
 
     Args:
         known: tensors that do not count.
-
-    Attributes:
-        peak: the most at a time.
     """
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self._changes: list[int] = []  # bytes, negative where a tensor ends
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,16 +99,22 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._subtract, key, size)
+        if key not in self._seen:
+            self._seen.add(key)
+            self._changes.append(size)
+            weakref.finalize(storage, self._end, key, size)
 
-    def _subtract(self, key: int, size: int) -> None:
+    def _end(self, key: int, size: int) -> None:
         self._seen.discard(key)
-        self.now -= size
+        self._changes.append(-size)
+
+    def at_peak(self) -> NDArray[np.int64]:
+        """Return the sizes of the tensors that lived when they held the most, bytes."""
+        changes = np.array(self._changes, dtype=np.int64)
+        changes = changes[: 1 + int(changes.cumsum().argmax())]
+        sizes, counts = np.unique(np.abs(changes), return_counts=True)
+        ended = np.array([np.count_nonzero(changes == -size) for size in sizes])
+        return np.repeat(sizes, counts - 2 * ended)
 
 
 def footprint_of(config: Any, parts: Parts) -> Footprint:
@@ -130,18 +144,21 @@ def footprint(parts: Parts, device: str, precision: str, processes: int = 1) -> 
         parts, replace(backbone, activation_checkpointing=False), device, precision
     )
     step = _follow(parts, backbone, device, precision)[-1] if backbone.activation_checkpointing else plain
-    held = PROGRAM if device == "cpu" else 0
     return Footprint(
-        program=held + RUNTIME[device],
+        program=RUNTIME[device] + (PROGRAM if device == "cpu" else 0),
         weights=weights,
         gradients=gradients * (2 if processes > 1 else 1),
         optimizer=optimizer,
-        per_image=step + int(HEAP[device] * plain),
+        held=step,
+        freed=plain,
+        gaps=GAPS[device],
     )
 
 
-def _follow(parts: Parts, backbone: Backbone, device: str, precision: str) -> tuple[int, int, int, int]:
-    """Return the bytes of weights, gradients, the optimiser's state, and of a step of one image."""
+def _follow(
+    parts: Parts, backbone: Backbone, device: str, precision: str
+) -> tuple[int, int, int, NDArray[np.int64]]:
+    """Return the bytes of weights, gradients and the optimiser, and the tensors of a step of one image."""
     outline = make_outline(backbone, parts.method, parts.head, parts.data.num_classes)
     half = torch.float16 if precision.startswith("16") and device != "cpu" else torch.bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -162,7 +179,7 @@ def _follow(parts: Parts, backbone: Backbone, device: str, precision: str) -> tu
             _bytes(tensors),
             _bytes(gradients),
             _bytes(tree_leaves(list(optimizer.state.values()))),
-            live.peak,
+            live.at_peak(),
         )
 
 
@@ -234,24 +251,32 @@ def advise(config: Any, parts: Parts, room: int) -> str:
         parts: what is made of it.
         room: bytes of each process.
     """
+    batch, device = config.loading["batch_size"], device_of(config)
+    processes = count_devices(config.trainer, None)
+    divisors = [size for size in range(batch, 0, -1) if batch % size == 0]
 
-    def fits(step: _Step) -> int:
-        return footprint(step.parts, device, step.precision, processes).largest_batch(room)
+    def part_of_batch(step: _Step) -> int:
+        """Return how much of a batch fits at a time, or 0."""
+        needed = footprint(step.parts, device, step.precision, processes)
+        return next((size for size in divisors if needed.total(size) <= room), 0)
 
-    device, processes = device_of(config), count_devices(config.trainer, None)
-    batch = config.loading["batch_size"]
+    def spelt(step: _Step, part: int) -> str:
+        accumulated = config.trainer["accumulate_grad_batches"] * batch // part
+        parted = [f"loading.batch_size={part}", f"trainer.accumulate_grad_batches={accumulated}"]
+        return " ".join([*step.settings, *(parted if part < batch else [])])
+
     steps = list(_thriftier(parts, device, str(config.trainer["precision"])))
-    largest = [fits(step) for step in steps]
-    for wanted in (batch, 1):
-        for step, images in zip(steps, largest, strict=True):
-            if images >= wanted:
-                return " ".join([*step.settings, *_smaller_batch(config, images)])
+    found = [(step, part_of_batch(step)) for step in steps]
+    for least in (batch, 1):
+        for step, part in found:
+            if part >= least:
+                return spelt(step, part)
     last = steps[-1]
     size = last.parts.backbone.image_size
     while (size := size // 2 // 64 * 64) >= SMALLEST:
-        smaller = replace(last.parts, backbone=replace(last.parts.backbone, image_size=size))
-        if fits(replace(last, parts=smaller)):
-            return " ".join([*last.settings, *_smaller_batch(config, 1), f"model.image_size={size}"])
+        backbone = replace(last.parts.backbone, image_size=size)
+        if part := part_of_batch(replace(last, parts=replace(last.parts, backbone=backbone))):
+            return f"{spelt(last, part)} model.image_size={size}"
     return ""
 
 
@@ -275,15 +300,3 @@ def _thriftier(parts: Parts, device: str, precision: str) -> Iterator[_Step]:
         settings = (*settings, "model.activation_checkpointing=true")
         parts = replace(parts, backbone=replace(parts.backbone, activation_checkpointing=True))
         yield _Step(settings, parts, precision)
-
-
-def _smaller_batch(config: Any, images: int) -> list[str]:
-    """Return the settings by which at most so many images at a time make the batch, if it has more."""
-    batch, accumulated = config.loading["batch_size"], config.trainer["accumulate_grad_batches"]
-    if images >= batch:
-        return []
-    part = max(each for each in range(1, images + 1) if batch % each == 0)
-    return [
-        f"loading.batch_size={part}",
-        f"trainer.accumulate_grad_batches={accumulated * batch // part}",
-    ]

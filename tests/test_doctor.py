@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -71,9 +72,9 @@ def test_a_step_is_followed_as_it_happens(plain: tuple[Parts, Footprint]) -> Non
     trained = sum(p.nbytes for p in segmenter.parameters() if p.requires_grad)
     assert told.gradients == trained
     assert 2 * trained <= told.optimizer < 2.1 * trained
-    held = told.per_image / (1 + memory.HEAP["cpu"])
-    images = 13 * parts.backbone.image_size**2  # made in the step there: three floats a pixel, and its mask
-    assert live.peak + images <= held < 1.2 * (live.peak + images)  # constants count, too
+    held, images = told.held.sum(), 13 * parts.backbone.image_size**2  # three floats a pixel, and its mask
+    peak = live.at_peak().sum() + images
+    assert peak <= held < 1.2 * peak  # constants count, too
     known = {t.untyped_storage().data_ptr() for t in tensors}
     assert sum(size for address, size in kept.items() if address not in known) < held
 
@@ -81,9 +82,9 @@ def test_a_step_is_followed_as_it_happens(plain: tuple[Parts, Footprint]) -> Non
 def test_what_takes_less_is_said_to_take_less(plain: tuple[Parts, Footprint]) -> None:
     parts, told = plain
     thrifty = replace(parts, backbone=replace(parts.backbone, activation_checkpointing=True))
-    assert footprint(thrifty, "cpu", "32-true").per_image < 0.95 * told.per_image
+    assert footprint(thrifty, "cpu", "32-true").activations(1) < 0.95 * told.activations(1)
     half = footprint(parts, "cpu", "bf16-mixed", processes=2)
-    assert half.per_image < 0.8 * told.per_image
+    assert half.activations(1) < 0.85 * told.activations(1)
     assert half.gradients == 2 * told.gradients  # held once more to be exchanged
 
 
@@ -99,11 +100,17 @@ def test_a_training_after_an_estimate_has_real_constants() -> None:
 
 def test_the_largest_batch_is_the_last_that_fits(plain: tuple[Parts, Footprint]) -> None:
     _, needed = plain
-    room = needed.total(7) + 1
-    assert needed.largest_batch(room) == 7
-    assert needed.total(7) <= room < needed.total(8)
-    assert needed.largest_batch(needed.total_but_images) == 0
-    assert needed.largest_batch(0) == 0
+    assert needed.largest_batch(needed.total(7)) == 7
+    assert needed.largest_batch(needed.total(1) - 1) == needed.largest_batch(0) == 0
+
+
+def test_gaps_are_left_by_small_tensors(plain: tuple[Parts, Footprint]) -> None:
+    """Beyond a size memory is handed back, so that a greater batch can take less."""
+    _, needed = plain
+    size = memory.MAPPED // 4
+    one = replace(needed, held=np.array([size]), freed=np.array([size]), gaps=(1.5, 0.5))
+    assert [one.activations(batch) // size for batch in (1, 3, 4, 8)] == [2, 7, 6, 12]
+    assert one.largest_batch(one.total(0) + 6 * size) == 4
 
 
 @pytest.fixture
@@ -155,7 +162,7 @@ def test_what_does_not_fit_comes_with_settings_that_do() -> None:
     config, parts = made("model.image_size=128", "loading.batch_size=6")
     whole = memory.footprint_of(config, parts)
     for images, smaller in ((2.0, ""), (0.5, f"{CHECKPOINTING} model.image_size=64")):
-        room = int(whole.total_but_images + images * whole.per_image)
+        room = int(whole.total(0) + images * whole.activations(1))
         advice = memory.advise(config, parts, room)
         batch = max(1, int(images))
         assert f"loading.batch_size={batch} trainer.accumulate_grad_batches={6 // batch}" in advice
