@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -51,6 +52,8 @@ PRECISIONS = (
     "bf16-true",
     "16-true",
 )
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 log = logging.getLogger(__name__)
 
@@ -283,6 +286,16 @@ def check_trainer(config: Config) -> None:
     check_section("trainer", config)
     if config["devices"] in (0, "0", []):
         raise ValueError(f"trainer.devices={config['devices']} trains on nothing; set trainer.devices=1")
+    if isinstance(config["devices"], str) and not re.fullmatch(r"auto|-1|\d+(,\d+)*,?", config["devices"]):
+        raise ValueError(
+            f"trainer.devices={config['devices']} must be a number, a list of them, or auto; set "
+            "trainer.devices=1"
+        )
+    if config["accelerator"] not in ACCELERATORS:
+        raise ValueError(
+            f"trainer.accelerator={config['accelerator']} must be one of {', '.join(ACCELERATORS)}; set "
+            "trainer.accelerator=auto"
+        )
     if config["max_epochs"] < 1:
         raise ValueError(
             f"trainer.max_epochs={config['max_epochs']} must be at least 1, the number of epochs over which "
@@ -291,7 +304,7 @@ def check_trainer(config: Config) -> None:
 
 
 def check_folder(config: Any) -> None:
-    """Refuse to begin in processes that others start, each of which would name the run's folder by its clock.
+    """Refuse to begin in processes that others start where these name no folder, or are not so many.
 
     Args:
         config: attributes by the names of the groups in conf/.
@@ -299,20 +312,27 @@ def check_folder(config: Any) -> None:
     Raises:
         ValueError: it is one of them.
     """
-    nodes, started = config.trainer.get("num_nodes") or 1, 1
+    nodes, devices, started = config.trainer.get("num_nodes") or 1, config.trainer["devices"], 1
     for environment in (TorchElasticEnvironment, SLURMEnvironment):
         if environment.detect():
             started = environment().world_size()
             break
     if max(nodes, started) > 1 and not is_folder_given():
         cause = f"trainer.num_nodes={nodes}" if nodes > 1 else f"a training in {started} processes"
-        raise ValueError(f"{cause} needs run_dir=FOLDER, a folder that all of them share")
+        key = "sweep_dir" if HydraConfig.get().mode == RunMode.MULTIRUN else "run_dir"
+        raise ValueError(f"{cause} needs {key}=FOLDER, a folder that all of them share")
+    if started > 1 and isinstance(devices, int) and devices > 0 and started != nodes * devices:
+        raise ValueError(
+            f"{started} processes were started, but trainer.devices={devices} on trainer.num_nodes={nodes} "
+            f"are {nodes * devices}; set trainer.devices={max(1, started // nodes)}"
+        )
 
 
 def is_folder_given() -> bool:
     """Return whether the command names the run's folder, and so finds it again."""
     given = {override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task}
-    return bool(given & {"run_dir", "sweep_dir", "resume"})
+    named = {"sweep_dir"} if HydraConfig.get().mode == RunMode.MULTIRUN else {"run_dir", "resume"}
+    return bool(given & named)
 
 
 def missing_devices(config: Config) -> str | None:

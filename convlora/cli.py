@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from convlora.build import CONF
-from convlora.run import RECORD, assign, is_requeued
+from convlora.run import RECORD, assign, in_shell, is_requeued
 from convlora.schema import check_keys, resolve, suggest
 from convlora.sweep import attempt
 
@@ -97,7 +97,7 @@ def command(
             if folder is not None and output is not None:
                 config[folder] = output
             given = [] if folder is None else [assign(folder, config[folder])]
-            if output is None and folder is not None and is_requeued():
+            if output is None and folder is not None and is_requeued() and not config.get("resume"):
                 output = config[folder]  # where the run is that this command began before
             begun = rejoin is not None and output is not None and (Path(output) / RECORD).is_file()
             if begun:
@@ -294,8 +294,8 @@ def _explain(error: Exception, full: bool) -> str:
         message = message.splitlines()[0]
     elif isinstance(error, OverrideParseException):
         key, _, value = error.override.lstrip("+").partition("=")
-        one = f"{key}='{value}'"
-        message = f'{key}={value} cannot be read; where it is one value, quote it twice: "{one}"'
+        if value[:1] not in ("[", "{"):
+            message = f"{key}={value} cannot be read; if that is one value, write {in_shell(key, value)}"
     elif isinstance(error, HydraException):  # which quotes arguments as `_loosen` left them
         message = re.sub(r"\+\+(?=\w)|See https://hydra\S+.*", "", message)
     return f"error: {' '.join(message.split())}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from convlora import results
 from convlora.results import CONFIDENCE, Difference, Estimate, Run
-from convlora.run import matters
+from convlora.run import in_shell, matters
 
 RANK, EXPERTS = "peft.rank", "peft.num_experts"
 EXTREMES = 3  # images of each kind in a table of images
@@ -150,7 +150,8 @@ def compare(runs: Sequence[Run], score: str | None, baseline: str | None) -> lis
     sections = [_section(members, score, baseline) for _, members in sorted(by_dataset.items())]
     if baseline is not None and all(section.baseline is None for section in sections):
         there = dict.fromkeys(setting.label for section in sections for setting in section.settings)
-        raise ValueError(f"baseline={baseline} is none of the settings; there are {'; '.join(there)}")
+        choices = ", ".join(in_shell("baseline", label) for label in there)
+        raise ValueError(f"baseline={baseline} is none of the settings; there are {choices}")
     return sections
 
 

@@ -2,12 +2,12 @@
 
 import platform
 import shutil
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 from convlora import memory, run
 from convlora.announce import console, print_lines
@@ -31,9 +31,9 @@ def doctor(config: TrainConfig) -> None:
         SystemExit: with code 1 where something is missing or does not fit.
         ValueError: no training has such settings.
     """
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError("doctor looks at one training at a time; leave out -m")
     config = settle(config)
+    if config.resume is None:
+        run.check_unused(Path(config.run_dir))
     parts = make_parts("train", config)
     folder = next(each for each in Path(config.run_dir).absolute().parents if each.is_dir())
     mode = wandb_mode()
@@ -43,22 +43,34 @@ def doctor(config: TrainConfig) -> None:
                 [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
             ),
             "device": describe(memory.device_of(config)),
+            "precision": str(config.trainer["precision"]),
             "disk": f"{memory.spell(shutil.disk_usage(folder).free)} free for {config.run_dir}",
             "W&B": MODES.get(mode, mode),
         }
     )
-    problems = [shortage] if (shortage := missing_devices(config.trainer)) else []
+    problems = check_files(parts)
     try:
         run.check_room(folder, run.count(parts.outline, trainable=True))
     except OSError as error:
         problems.append(str(error))
-    problems += check_files(parts)
-    problems += check_memory(config, parts)
-    for problem in problems:
-        console.print(f"error: {problem}")
+    if shortage := missing_devices(config.trainer):
+        problems.append(shortage)
+    tell(problems)
+    if not shortage:  # of devices that are not here nothing is known
+        too_little = check_memory(config, parts)
+        tell(too_little)
+        problems += too_little
     if problems:
         raise SystemExit(1)
-    console.print("nothing is missing, and it fits")
+    console.print(
+        "it can begin; loader processes, loading.cache=ram and tests of huge images take more memory"
+    )
+
+
+def tell(problems: Sequence[str]) -> None:
+    """Print what is in the way of a training."""
+    for problem in problems:
+        console.print(f"error: {problem}")
 
 
 def describe(device: str) -> str:
@@ -66,8 +78,8 @@ def describe(device: str) -> str:
     if device == "cuda":
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}"
-    fast = "bf16-mixed and 32-true" if has_fast_bf16() else "32-true, bf16-mixed being many times slower"
-    return f"CPU, {torch.get_num_threads()} threads; trainer.precision={fast}"
+    slow = "" if has_fast_bf16() else ", without instructions for bf16: there 32-true is the fast precision"
+    return f"CPU, {torch.get_num_threads()} threads{slow}"
 
 
 def check_files(parts: Parts) -> list[str]:
@@ -75,12 +87,13 @@ def check_files(parts: Parts) -> list[str]:
     backbone, problems = parts.backbone, []
     if backbone.weights is not None and not Path(backbone.weights).expanduser().is_file():
         problems.append(f"{backbone.name}: no weights file at {backbone.weights}; set model.weights=PATH")
-    lines = {"weights": backbone.weights_source()}
+    lines = {"model": f"{backbone.name} at {backbone.image_size} px, {backbone.weights_source()}"}
     for data in parts.tests:
         splits: tuple[Split, ...] = data.splits if data is parts.data else ("test",)
         try:
             lines[data.name] = ", ".join(f"{len(data.listed(split)):,} {split}" for split in splits)
         except (OSError, ValueError) as error:
+            lines[data.name] = "not there"
             problems.append(str(error))
     print_lines(lines)
     return problems
@@ -88,6 +101,7 @@ def check_files(parts: Parts) -> list[str]:
 
 def check_memory(config: TrainConfig, parts: Parts) -> list[str]:
     """Print what a training takes at its peak, part by part; returns what to set where that is too much."""
+    console.print("following a step of one image, which takes a while ...")
     room, batch = memory.room_of(config), config.loading["batch_size"]
     needed = memory.footprint_of(config, parts)
     shares = {
@@ -108,7 +122,12 @@ def check_memory(config: TrainConfig, parts: Parts) -> list[str]:
     return [] if needed.total(batch) <= room else [memory.shortage(config, parts)]
 
 
-main = command("train", TrainConfig, doctor, replay=replay)
+def main() -> None:
+    """Look at the training that the command line describes."""
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        sys.exit("error: doctor looks at one training at a time; leave out -m")
+    command("train", TrainConfig, doctor, replay=replay)()
+
 
 if __name__ == "__main__":
     main()

@@ -11,15 +11,14 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from convlora.announce import count_devices
 from convlora.build import Parts, is_half, make_outline
 from convlora.peft.method import aux_loss
-from convlora.run import MEBIBYTE
-from convlora.sam.zoo import Backbone
+from convlora.run import MEBIBYTE, count
 from convlora.task import parameter_groups
 
 # Freed memory that is not given back, as a share of the tensors that a step without checkpointing holds at
@@ -34,7 +33,7 @@ RUNTIME = {"cpu": 205 * MEBIBYTE, "cuda": 640 * MEBIBYTE}
 PROGRAM = psutil.Process().memory_info().rss
 
 GIBIBYTE = 1024 * MEBIBYTE
-CONTAINER = Path("/sys/fs/cgroup")  # limits of a container, as seen in it
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 SMALLEST = 64  # pixels, below which no image is advised to be made smaller
 
 
@@ -47,74 +46,100 @@ class Footprint:
         weights: the model's tensors, frozen and trained, bytes.
         gradients: of the trained tensors, with the buffers in which several processes exchange them, bytes.
         optimizer: its state, bytes.
+        constants: what a step holds whatever the batch, such as weights cast to half precision, bytes.
         held: sizes of the tensors that a step of one image holds at its peak, bytes.
         freed: sizes of those whose memory leaves gaps, bytes.
         gaps: how much of the freed ones, below `MAPPED` and from there on.
+        loading: what the program holds while it loads the weights, bytes.
     """
 
     program: int
     weights: int
     gradients: int
     optimizer: int
+    constants: int
     held: NDArray[np.int64]
     freed: NDArray[np.int64]
     gaps: tuple[float, float]
+    loading: int
 
     def total(self, batch_size: int) -> int:
         """Return the peak with so many images a device, bytes."""
-        return self.program + self.weights + self.gradients + self.optimizer + self.activations(batch_size)
+        state = self.program + self.weights + self.gradients + self.optimizer
+        return max(self.loading, state + self.activations(batch_size))
 
     def activations(self, batch_size: int) -> int:
         """Return what a step holds for so many images, and the gaps that it leaves, bytes."""
         freed = batch_size * self.freed
         below, above = self.gaps
         gaps = np.where(freed < MAPPED, below, above) @ freed
-        return batch_size * int(self.held.sum()) + int(gaps)
+        return self.constants + batch_size * int(self.held.sum()) + int(gaps)
 
     def largest_batch(self, room: int) -> int:
         """Return how many images a device can take at a time; 0 where not even one fits."""
         least = int(self.held.sum() + min(self.gaps) * self.freed.sum())  # of an image in the greatest batch
-        most = max(0, (room - self.total(0)) // least)
-        return next(size for size in range(most, -1, -1) if size == 0 or self.total(size) <= room)
+        most = max(0, room // least)
+        return next((size for size in range(most, 0, -1) if self.total(size) <= room), 0)
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the sizes of the tensors that are made while it is on, for as long as each lives.
 
     Args:
+        images: those from which on all grows with the batch: an operation's output does where an input does.
         known: tensors that do not count.
+        kind: of tensors that count; constants that a step has no need to follow are real among fake ones.
     """
 
-    def __init__(self, known: Iterable[Tensor]):
+    def __init__(self, images: Iterable[Tensor], known: Iterable[Tensor], kind: type[Tensor] = FakeTensor):
         super().__init__()  # type: ignore[no-untyped-call]
-        self._changes: list[int] = []  # bytes, negative where a tensor ends
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.kind = kind
+        self._changes: list[tuple[int, int, bool]] = []  # number, bytes (negative at its end), grows or not
+        self._growing = {_storage(each): False for each in known} | {_storage(each): True for each in images}
+        self._numbers: dict[int, int] = {}  # of what lives, by storage, whose address another may have later
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        grows = any(self._growing.get(_storage(each), False) for each in given)
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
+            if isinstance(leaf, self.kind):
+                self._add(leaf.untyped_storage(), grows)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage, grows: bool) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            self._seen.add(key)
-            self._changes.append(size)
-            weakref.finalize(storage, self._end, key, size)
+        if key not in self._growing:
+            self._growing[key] = grows
+            self._numbers[key] = len(self._changes)
+            self._changes.append((self._numbers[key], size, grows))
+            weakref.finalize(storage, self._end, key, size, grows)
 
-    def _end(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self._changes.append(-size)
+    def _end(self, key: int, size: int, grows: bool) -> None:
+        del self._growing[key]
+        self._changes.append((self._numbers.pop(key), -size, grows))
 
-    def at_peak(self) -> NDArray[np.int64]:
-        """Return the sizes of the tensors that lived when they held the most, bytes."""
-        changes = np.array(self._changes, dtype=np.int64)
-        changes = changes[: 1 + int(changes.cumsum().argmax())]
-        sizes, counts = np.unique(np.abs(changes), return_counts=True)
-        ended = np.array([np.count_nonzero(changes == -size) for size in sizes])
-        return np.repeat(sizes, counts - 2 * ended)
+    def at_peak(self, without: Iterable[Tensor] = ()) -> tuple[NDArray[np.int64], int]:
+        """Return what lived when the tensors held the most, those that still live and are left out apart.
+
+        Returns:
+            The bytes of each tensor that grows with the batch, and of all others together.
+        """
+        left_out = {self._numbers.get(_storage(each)) for each in without}
+        changes = [each for each in self._changes if each[0] not in left_out]
+        peak = int(np.cumsum([size for _, size, _ in changes]).argmax())
+        alive: dict[int, tuple[int, bool]] = {}
+        for number, size, grows in changes[: peak + 1]:
+            if size < 0:
+                del alive[number]
+            else:
+                alive[number] = size, grows
+        growing = np.array([size for size, grows in alive.values() if grows], dtype=np.int64)
+        return growing, sum(size for size, grows in alive.values() if not grows)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def footprint_of(config: Any, parts: Parts) -> Footprint:
@@ -139,47 +164,60 @@ def footprint(parts: Parts, device: str, precision: str, processes: int = 1) -> 
         precision: as Lightning names it.
         processes: that train together.
     """
-    backbone = parts.backbone
-    weights, gradients, optimizer, plain = _follow(
-        parts, replace(backbone, activation_checkpointing=False), device, precision
-    )
-    step = _follow(parts, backbone, device, precision)[-1] if backbone.activation_checkpointing else plain
+    step = freed = _follow(parts, device, precision)
+    if device == "cpu" and parts.backbone.activation_checkpointing:
+        plain = replace(parts.backbone, activation_checkpointing=False)
+        freed = _follow(replace(parts, backbone=plain), device, precision)
+    program = RUNTIME[device] + (PROGRAM if device == "cpu" else 0)
+    copies = 1 if parts.backbone.is_random else 2  # the model's, and that of the file
     return Footprint(
-        program=RUNTIME[device] + (PROGRAM if device == "cpu" else 0),
-        weights=weights,
-        gradients=gradients * (2 if processes > 1 else 1),
-        optimizer=optimizer,
-        held=step,
-        freed=plain,
+        program=program,
+        weights=step.weights,
+        gradients=step.gradients * (2 if processes > 1 else 1),
+        optimizer=step.optimizer,
+        constants=step.constants,
+        held=step.held,
+        freed=freed.held,
         gaps=GAPS[device],
+        loading=program + copies * 4 * count(parts.outline) if device == "cpu" else 0,
     )
 
 
-def _follow(
-    parts: Parts, backbone: Backbone, device: str, precision: str
-) -> tuple[int, int, int, NDArray[np.int64]]:
-    """Return the bytes of weights, gradients and the optimiser, and the tensors of a step of one image."""
-    outline = make_outline(backbone, parts.method, parts.head, parts.data.num_classes)
+@dataclass(frozen=True)
+class _Followed:
+    """A step of one image: `held` is the size of each tensor that grows with the batch, the rest are sums."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    constants: int
+    held: NDArray[np.int64]
+
+
+def _follow(parts: Parts, device: str, precision: str) -> _Followed:
+    outline = make_outline(parts.backbone, parts.method, parts.head, parts.data.num_classes)
+    side = parts.backbone.image_size
     half = torch.float16 if precision.startswith("16") and device != "cpu" else torch.bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True):
         segmenter = outline.to_empty(device=device).train()
         tensors = [*segmenter.parameters(), *segmenter.buffers()]
-        shape = backbone.image_size, backbone.image_size
-        with Live(tensors) as live:
-            images = torch.empty(1, 3, *shape, device=device)
-            masks = torch.empty(1, 1, *shape, dtype=torch.uint8, device=device)
+        images = torch.empty(1, 3, side, side, device=device)
+        masks = torch.empty(1, 1, side, side, dtype=torch.uint8, device=device)
+        with Live([images, masks], tensors) as live:
             with torch.autocast(device, half, enabled=is_half(precision)):
                 loss = parts.loss(segmenter.outputs(images), masks)
             aux = aux_loss(segmenter)
             (loss if aux is None else loss + aux).backward()
+        gradients = [p.grad for p in segmenter.parameters() if p.grad is not None]
+        held, constants = live.at_peak(without=gradients)
         optimizer = parts.optimizer(parameter_groups(segmenter))
         optimizer.step()
-        gradients = [p.grad for p in segmenter.parameters() if p.grad is not None]
-        return (
-            _bytes(tensors),
-            _bytes(gradients),
-            _bytes(tree_leaves(list(optimizer.state.values()))),
-            live.at_peak(),
+        return _Followed(
+            weights=_bytes(tensors),
+            gradients=_bytes(gradients),
+            optimizer=_bytes(tree_leaves(list(optimizer.state.values()))),
+            constants=constants,
+            held=np.append(held, [images.nbytes, masks.nbytes]),
         )
 
 
@@ -189,25 +227,46 @@ def _bytes(tensors: Iterable[Any]) -> int:
 
 def available(device: str) -> int:
     """Return the bytes that a process can have on its device, those that this one holds included."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    free: int = psutil.virtual_memory().available
-    limit = CONTAINER / "memory.max"
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int((CONTAINER / "memory.current").read_text()))
-    return free + int(psutil.Process().memory_info().rss)
+    if device == "cuda":  # of the fullest
+        free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+        return min(free) + torch.cuda.memory_reserved()
+    limits = [free for free in map(left_by_limit, limited_groups()) if free is not None]
+    return int(min([psutil.virtual_memory().available, *limits]) + psutil.Process().memory_info().rss)
+
+
+def limited_groups() -> Iterator[Path]:
+    """Yield the folders in which Linux tells the limits of this process: a container's, a cluster job's."""
+    try:
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = CGROUPS / controllers
+            inner = root / path.lstrip("/")
+            yield from (each for each in (inner, *inner.parents) if each.is_relative_to(root))
+
+
+def left_by_limit(group: Path) -> int | None:
+    """Return the bytes that a group of processes has left, files in memory being given up; None: no limit."""
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, used = (group / limit).read_text(), int((group / usage).read_text())
+            lines = (group / "memory.stat").read_text().splitlines()
+        except OSError:
+            continue
+        files = dict(line.split() for line in lines).get(cache, 0)
+        return None if most.strip() == "max" else int(most) - used + int(files)
+    return None
 
 
 def spell(size: int) -> str:
     """Return a number of bytes as a user reads it."""
     return f"{size / GIBIBYTE:.1f} GiB" if size >= GIBIBYTE else f"{size / MEBIBYTE:.0f} MiB"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error tells that memory ran out; on a CPU torch has only words for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def device_of(config: Any) -> str:
@@ -231,13 +290,13 @@ def shortage(config: Any, parts: Parts) -> str:
         parts: what is made of it.
     """
     batch, room = config.loading["batch_size"], room_of(config)
-    total = footprint_of(config, parts).total(batch)
-    # where it should fit, another program has the memory, or a limit of the shell keeps it
-    settings = advise(config, parts, min(room, total - 1))
-    return (
-        f"a step of {batch} image{'s' * (batch > 1)} needs about {spell(total)} a device, {spell(room)} are "
-        f"free; {f'set {settings}' if settings else 'take a smaller model, or more memory'}"
-    )
+    needed = footprint_of(config, parts)
+    total, half = needed.total(batch), needed.total(0) + needed.activations(batch) // 2
+    settings = advise(config, parts, room if total > room else half)
+    least = "" if total > room else ", of which a limit or another program takes a part"
+    way_out = f"set {settings}" if settings else "take a smaller model, or more memory"
+    images = f"{batch} image{'s' * (batch > 1)}"
+    return f"a step of {images} needs about {spell(total)} a device, {spell(room)} are free{least}; {way_out}"
 
 
 def advise(config: Any, parts: Parts, room: int) -> str:
@@ -272,8 +331,8 @@ def advise(config: Any, parts: Parts, room: int) -> str:
             if part >= least:
                 return spelt(step, part)
     last = steps[-1]
-    size = last.parts.backbone.image_size
-    while (size := size // 2 // 64 * 64) >= SMALLEST:
+    size, patch = last.parts.backbone.image_size, last.parts.backbone.patch_size
+    while (size := size // 2 // patch * patch) >= SMALLEST:
         backbone = replace(last.parts.backbone, image_size=size)
         if part := part_of_batch(replace(last, parts=replace(last.parts, backbone=backbone))):
             return f"{spelt(last, part)} model.image_size={size}"

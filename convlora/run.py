@@ -33,6 +33,7 @@ from convlora.segmenter import Segmenter
 MEBIBYTE = 2**20
 RECORD, LAST, BEST, SUMMARY = "config.yaml", "last.ckpt", "best.ckpt", "summary.json"
 METRICS = "metrics.csv"
+STOPPING = 60  # seconds that one of several processes has to stop in
 # What Lightning tells the processes that it starts
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 # What a run writes before its first step; all else in its folder is somebody's
@@ -49,6 +50,7 @@ FREE = (
     "dataset.source",
     "model.weights",
     "model.url",
+    "model.activation_checkpointing",
     "loading.num_workers",
     "logger",
     "callbacks.routing",
@@ -165,6 +167,8 @@ def interruptible(rank: int) -> Iterator[list[int]]:
     def stop(number: int, frame: Any) -> None:
         if os.getpid() == process and not came:  # a loader process is ended by this one
             came.append(number)
+            if torch.distributed.is_initialized():  # the end, should this process wait for one that is gone
+                signal.alarm(STOPPING)
             while signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL:
                 with suppress(RuntimeError):  # torch's, of a loader process that the same signal has ended
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -177,6 +181,7 @@ def interruptible(rank: int) -> Iterator[list[int]]:
     try:
         yield came
     finally:
+        signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -202,16 +207,16 @@ def requeue(folder: Path, first: int, is_given: bool) -> str:
         first: epoch, from 0, that the job began with.
         is_given: whether the command names the folder, and so finds it again.
     """
-    job = slurm_job()
+    job, again = slurm_job(), in_shell("resume", folder)
     last = folder / LAST
     if not is_given:
-        return f"not requeued: SLURM's job {job} would begin another run; give run_dir=FOLDER"
+        return f"not requeued: SLURM's job {job} would begin another run; go on with this one by {again}"
     if not last.is_file() or next_epoch(read_checkpoint(last)) <= first:
-        return f"not requeued: no epoch has ended in the time of SLURM's job {job}; give it more"
+        return f"not requeued: no epoch has ended in the time of SLURM's job {job}; {again} with more time"
     try:
         subprocess.run(["scontrol", "requeue", str(job)], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"not requeued: {error}; submit the job anew"
+        return f"not requeued: {error}; submit a job with {again}"
     return f"requeued: SLURM's job {job} goes on here"
 
 
@@ -265,6 +270,13 @@ def own_processes(trainer: Trainer) -> Iterator[None]:
                 process.wait(grace)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error tells that memory ran out; on a CPU torch has only words for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def make_folder(key: str, folder: Path) -> None:
@@ -393,7 +405,9 @@ def what_is_kept(folder: Path, trainer: Trainer, error: BaseException) -> str:
         f"go on: {again}",
         f"use the best so far: python -m convlora.export {in_shell('checkpoint', folder)}",
     ]
-    if isinstance(error, FloatingPointError):  # which the resumed run would meet again
+    if isinstance(error, FloatingPointError) or is_out_of_memory(
+        error
+    ):  # which the resumed run would meet again
         lines.pop(2)
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from convlora import results
 from convlora.results import Estimate
-from convlora.run import in_shell
+from convlora.run import in_shell, remove_empty
 
 TABLE, FAILED = "sweep.csv", "failed.txt"
 console = Console(highlight=False, soft_wrap=True)
@@ -44,6 +44,9 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         folder = config.hydra.sweep.dir
+        for path in Path(folder).glob(f"*/{FAILED}"):  # of jobs that this command may not try again
+            path.unlink()
+            remove_empty([path.parent])
         _say(f"sweep in {folder}; if it is cut off, {_again(folder)} goes on with it")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

@@ -105,9 +105,10 @@ def train(config: TrainConfig) -> float | None:
             is_told = trainer.global_step > 0 or isinstance(error, KeyboardInterrupt | SystemExit)
             if trainer.is_global_zero and is_told:
                 console.print(run.what_is_kept(folder, trainer, error), markup=False)
-            if memory.is_out_of_memory(error):
+            if run.is_out_of_memory(error) and trainer.is_global_zero:
                 traceback.clear_frames(error.__traceback__)  # which hold what takes the memory
-                raise OSError(f"memory ran out: {memory.shortage(config, parts)}") from error
+                told = f"memory ran out: {memory.shortage(config, parts)}"
+                raise OSError(f"{told}; resume=RUN takes checkpointing, all else is another run") from error
             if SIGUSR1 in came:
                 console.print(run.requeue(folder, parts.data.start_epoch, is_folder_given()), markup=False)
             if "DataLoader worker (pid" in str(error):  # torch's word for a loader process that was killed

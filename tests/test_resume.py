@@ -200,11 +200,12 @@ def test_a_job_that_would_get_no_further_is_not_requeued(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", "")
     for first, is_given, reason in (
-        (0, False, "SLURM's job 17_3 would begin another run; give run_dir=FOLDER"),
-        (EPOCHS, True, "no epoch has ended in the time of SLURM's job 17_3; give it more"),
-        (0, True, "[Errno 2] No such file or directory: 'scontrol'; submit the job anew"),
+        (0, False, "SLURM's job 17_3 would begin another run; go on with this one by resume=run"),
+        (EPOCHS, True, "no epoch has ended in the time of SLURM's job 17_3; resume=run with more time"),
+        (0, True, "[Errno 2] No such file or directory: 'scontrol'; submit a job with resume=run"),
     ):
-        assert run.requeue(done, first, is_given) == f"not requeued: {reason}"
+        told = run.requeue(done, first, is_given).replace(run.in_shell("resume", done), "resume=run")
+        assert told == f"not requeued: {reason}"
 
 
 def test_a_run_stopped_in_its_first_validation_begins_anew(tmp_path: Path, whole: Whole) -> None:
