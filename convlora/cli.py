@@ -294,7 +294,7 @@ def _explain(error: Exception, full: bool) -> str:
         message = message.splitlines()[0]
     elif isinstance(error, OverrideParseException):
         key, _, value = error.override.lstrip("+").partition("=")
-        if value[:1] not in ("[", "{"):
+        if value and value[0] not in "[{":
             message = f"{key}={value} cannot be read; if that is one value, write {in_shell(key, value)}"
     elif isinstance(error, HydraException):  # which quotes arguments as `_loosen` left them
         message = re.sub(r"\+\+(?=\w)|See https://hydra\S+.*", "", message)

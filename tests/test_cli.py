@@ -52,6 +52,9 @@ def one_line(err: str) -> str:
         (train, "dry_run=true trainer.max_epochs=null", "trainer.max_epochs must be given; leave it as it"),
         (train, "dry_run=true dataset.val_size=0", "dataset.val_size=0 must be at least 1"),
         (train, "dry_run=true optimizer.lr=null", "optimizer.lr=null is not possible: input should be a "),
+        (train, "dry_run=true trainer.devices=two", "trainer.devices=two must be a number, a list of them"),
+        (train, "dry_run=true trainer.accelerator=tpu", "trainer.accelerator=tpu must be one of auto, cpu"),
+        (train, "run_dir=it's(1", """run_dir=it's(1 cannot be read; if that is one value, write "run_dir='it"""),
         (train, "dry_run=true trainer.devices=[]", "trainer.devices=[] trains on nothing; set trainer.de"),
         (train, "dry_run=true trainer.strategy=fsdp", "trainer.strategy=fsdp shares parameters out over"),
         (train, "dry_run=true trainer.strategy=deepspeed", "trainer.strategy=deepspeed shares parameters o"),
@@ -124,7 +127,11 @@ def test_processes_that_others_start_must_be_told_their_folder(
     refused = cli(train, "dry_run=true")
     assert refused.code == 1
     assert "a training in 2 processes needs run_dir=FOLDER, a folder that all of them share" in refused.err
-    assert cli(train, "dry_run=true", "run_dir=run").code == 0
+    other = cli(train, "dry_run=true", "run_dir=run").err
+    assert (
+        "2 processes were started, but trainer.devices=1 on trainer.num_nodes=1 are 1; set trainer.d" in other
+    )
+    assert cli(train, "dry_run=true", "run_dir=run", "trainer.devices=2", "trainer.accelerator=cpu").code == 0
 
 
 def test_any_argument_of_lightnings_trainer_is_taken_as_it_is(cli: Commands) -> None:
