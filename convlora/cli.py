@@ -292,10 +292,9 @@ def _explain(error: Exception, full: bool) -> str:
         message = f"{error.full_key} must be given; write {error.full_key}=VALUE"
     elif isinstance(error, OmegaConfBaseException):  # what follows are its internals
         message = message.splitlines()[0]
-    elif isinstance(error, OverrideParseException):
+    elif isinstance(error, OverrideParseException) and re.match(r"[^=]+=[^\[{]", error.override):
         key, _, value = error.override.lstrip("+").partition("=")
-        if value and value[0] not in "[{":
-            message = f"{key}={value} cannot be read; if that is one value, write {in_shell(key, value)}"
+        message = f"{key}={value} cannot be read; if that is one value, write {in_shell(key, value)}"
     elif isinstance(error, HydraException):  # which quotes arguments as `_loosen` left them
         message = re.sub(r"\+\+(?=\w)|See https://hydra\S+.*", "", message)
     return f"error: {' '.join(message.split())}"

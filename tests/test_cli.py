@@ -54,7 +54,7 @@ def one_line(err: str) -> str:
         (train, "dry_run=true optimizer.lr=null", "optimizer.lr=null is not possible: input should be a "),
         (train, "dry_run=true trainer.devices=two", "trainer.devices=two must be a number, a list of them"),
         (train, "dry_run=true trainer.accelerator=tpu", "trainer.accelerator=tpu must be one of auto, cpu"),
-        (train, "run_dir=it's(1", """run_dir=it's(1 cannot be read; if that is one value, write "run_dir='it"""),
+        (train, "run_dir=a(1", """run_dir=a(1 cannot be read; if that is one value, write "run_dir='a("""),
         (train, "dry_run=true trainer.devices=[]", "trainer.devices=[] trains on nothing; set trainer.de"),
         (train, "dry_run=true trainer.strategy=fsdp", "trainer.strategy=fsdp shares parameters out over"),
         (train, "dry_run=true trainer.strategy=deepspeed", "trainer.strategy=deepspeed shares parameters o"),
