@@ -8,7 +8,7 @@ import pytest
 from composed import compose, names
 from conftest import SMALL, Commands
 
-from convlora import convert, evaluate, export, predict, prepare, train
+from convlora import convert, dashboard, evaluate, export, predict, prepare, train
 from convlora.cli import FOLDER_NAME, folder_name
 from convlora.run import assign
 
@@ -32,6 +32,7 @@ def one_line(err: str) -> str:
         (train, "dataset=kvasirr", "dataset=kvasirr: there is none of that name; did you mean 'kvas"),
         (train, "peft=zzz", "peft=zzz: there is none of that name; there are adapter, adaptformer, "),
         (train, "peft=lora peft/gate=noisy_top_k", "peft/gate=... is for methods with experts"),
+        (dashboard, "projct=x", "unknown key 'projct'; did you mean 'project'?"),
         (train, "seed=abc", "seed=abc is not possible: input should be a valid integer"),
         (train, "seed=-1", "seed=-1 must be 0 to 4294967295"),
         (train, "trainer.max_epochs=ten", "trainer.max_epochs=ten is not possible: input should be"),

@@ -10,7 +10,7 @@ from conftest import ROOT, SMALL, Commands
 from processes import Training
 from ranks import command, together
 
-from convlora import evaluate, train
+from convlora import evaluate, run, train
 
 NEW = {"PYTHONPATH": str(ROOT)}  # of processes that Lightning starts
 
@@ -112,3 +112,17 @@ def test_two_nodes_descend_and_score_as_one_process_on_the_same_images(cli: Comm
     assert len(list((tmp_path / "two/wandb").glob("offline-run-*"))) == 1
     scores = [json.loads(Path(name, "summary.json").read_text())["test"] for name in ("one", "two")]
     assert scores[1] == pytest.approx(scores[0], abs=1e-6)
+
+
+def test_a_process_that_waits_for_others_ends_after_a_while(tmp_path: Path) -> None:
+    """What waits in a collective never comes to see a second signal; the alarm ends it all the same."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with run.interruptible(0):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= run.STOPPING
+            assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    finally:
+        torch.distributed.destroy_process_group()

@@ -12,11 +12,12 @@ import yaml
 from composed import compose, names
 from conftest import ROOT, SMALL, Commands
 from dashboards import dashboards, missing, workspace
+from omegaconf import OmegaConf
 from processes import Training
 
 from convlora import results, train
 from convlora.run import LAST, SUMMARY, write_record
-from convlora.sweep import tabulate
+from convlora.sweep import FAILED, Sweep, tabulate
 
 LOGGED = (
     *SMALL,
@@ -154,3 +155,14 @@ def test_the_search_of_wandb_varies_settings_that_there_are(cli: Commands) -> No
         )
         assert done.code == 0, done.err
         assert "val/dice (max) chooses the epoch" in done.out
+
+
+def test_a_sweep_forgets_failures_of_jobs_that_it_does_not_try(tmp_path: Path) -> None:
+    for name, kept in (("old", False), ("older", True)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FAILED).write_text("error: of another command\n")
+        if kept:
+            (tmp_path / name / "notes.txt").touch()
+    Sweep().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")]
+    assert left == ["older", "older/notes.txt"]
