@@ -16,8 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from benchmarks.measure import report
+from convlora.advice import GIBIBYTE, footprint_of
 from convlora.build import CONF, make_parts
-from convlora.memory import GIBIBYTE, footprint_of
 from convlora.schema import check_keys, resolve
 from convlora.train import TrainConfig
 

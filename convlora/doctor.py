@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from convlora import memory, run
+from convlora import advice, run
 from convlora.announce import console, print_lines
 from convlora.build import Parts, has_fast_bf16, make_parts, missing_devices
 from convlora.cli import command
@@ -42,9 +42,9 @@ def doctor(config: TrainConfig) -> None:
             "versions": ", ".join(
                 [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
             ),
-            "device": describe(memory.device_of(config)),
+            "device": describe(advice.device_of(config)),
             "precision": str(config.trainer["precision"]),
-            "disk": f"{memory.spell(shutil.disk_usage(folder).free)} free for {config.run_dir}",
+            "disk": f"{advice.spell(shutil.disk_usage(folder).free)} free for {config.run_dir}",
             "W&B": MODES.get(mode, mode),
         }
     )
@@ -102,8 +102,8 @@ def check_files(parts: Parts) -> list[str]:
 def check_memory(config: TrainConfig, parts: Parts) -> list[str]:
     """Print what a training takes at its peak, part by part; returns what to set where that is too much."""
     console.print("following a step of one image, which takes a while ...")
-    room, batch = memory.room_of(config), config.loading["batch_size"]
-    needed = memory.footprint_of(config, parts)
+    room, batch = advice.room_of(config), config.loading["batch_size"]
+    needed = advice.footprint_of(config, parts)
     shares = {
         "program": needed.program,
         "weights": needed.weights,
@@ -111,15 +111,15 @@ def check_memory(config: TrainConfig, parts: Parts) -> list[str]:
         "optimiser": needed.optimizer,
         f"activations of {batch} image{'s' * (batch > 1)}": needed.activations(batch),
     }
-    parted = ", ".join(f"{name} {memory.spell(size)}" for name, size in shares.items())
+    parted = ", ".join(f"{name} {advice.spell(size)}" for name, size in shares.items())
     print_lines(
         {
-            "peak memory": f"{memory.spell(needed.total(batch))} a device: {parted}",
-            "free memory": f"{memory.spell(room)} a device, enough for a batch of "
+            "peak memory": f"{advice.spell(needed.total(batch))} a device: {parted}",
+            "free memory": f"{advice.spell(room)} a device, enough for a batch of "
             f"{needed.largest_batch(room):,} images",
         }
     )
-    return [] if needed.total(batch) <= room else [memory.shortage(config, parts)]
+    return [] if needed.total(batch) <= room else [advice.shortage(config, parts)]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
-from convlora import adapter, draw, memory, results, run
+from convlora import adapter, advice, draw, results, run
 from convlora.announce import announce, devices_of
 from convlora.build import Parts, is_folder_given, make_parts, make_segmenter, make_trainer, match_width
 from convlora.callbacks import (
@@ -107,7 +107,7 @@ def train(config: TrainConfig) -> float | None:
                 console.print(run.what_is_kept(folder, trainer, error), markup=False)
             if run.is_out_of_memory(error) and trainer.is_global_zero:
                 traceback.clear_frames(error.__traceback__)  # which hold what takes the memory
-                told = f"memory ran out: {memory.shortage(config, parts)}"
+                told = f"memory ran out: {advice.shortage(config, parts)}"
                 raise OSError(f"{told}; resume=RUN takes checkpointing, all else is another run") from error
             if SIGUSR1 in came:
                 console.print(run.requeue(folder, parts.data.start_epoch, is_folder_given()), markup=False)

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from convlora import doctor, memory, train
+from convlora import advice, doctor, memory, train
 from convlora.build import Parts, make_parts
 from convlora.memory import Footprint, Live, footprint
 from convlora.schema import check_keys, resolve
@@ -150,7 +150,7 @@ def test_a_process_has_what_the_least_limit_leaves(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, folder: str, names: tuple[str, ...]
 ) -> None:
     """Also that of a group around its own; files in memory, which are given up, do not count."""
-    outside = memory.available("cpu")
+    outside = advice.available("cpu")
     (tmp_path / "self").mkdir()
     (tmp_path / "self/cgroup").write_text(f"1:name=systemd:/\n{line}\n")
     group = tmp_path / "cgroups" / folder
@@ -159,12 +159,12 @@ def test_a_process_has_what_the_least_limit_leaves(
     (group / limit).write_text(f"{2**20 + 5000}\n")
     (group / usage).write_text("9000\n")
     (group / "memory.stat").write_text(f"anon 5000\n{cache} 4000\n")
-    monkeypatch.setattr(memory, "PROC", tmp_path)
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroups")
-    assert memory.left_by_limit(group) == 2**20
-    assert memory.available("cpu") < min(outside, psutil.Process().memory_info().rss + 2**21)
+    monkeypatch.setattr(advice, "PROC", tmp_path)
+    monkeypatch.setattr(advice, "CGROUPS", tmp_path / "cgroups")
+    assert advice.left_by_limit(group) == 2**20
+    assert advice.available("cpu") < min(outside, psutil.Process().memory_info().rss + 2**21)
     (group / limit).write_text("max\n")
-    assert memory.left_by_limit(group) is None
+    assert advice.left_by_limit(group) is None
 
 
 def test_what_is_in_place_passes_and_what_is_missing_is_named(cli: Commands) -> None:
@@ -195,16 +195,16 @@ def test_what_is_in_place_passes_and_what_is_missing_is_named(cli: Commands) -> 
 def test_what_does_not_fit_comes_with_settings_that_do() -> None:
     """The advice is tried."""
     config, parts = made("model.image_size=128", "loading.batch_size=6")
-    whole = memory.footprint_of(config, parts)
+    whole = advice.footprint_of(config, parts)
     for images, smaller in ((2.0, ""), (0.5, f"{CHECKPOINTING} model.image_size=64")):
         room = int(whole.total(0) + images * (whole.total(1) - whole.total(0)))
-        advice = memory.advise(config, parts, room)
-        assert all(each in advice for each in smaller.split())
-        advised, of_it = made("model.image_size=128", *advice.split())
+        settings = advice.advise(config, parts, room)
+        assert all(each in settings for each in smaller.split())
+        advised, of_it = made("model.image_size=128", *settings.split())
         batch = advised.loading["batch_size"]
-        assert memory.footprint_of(advised, of_it).total(batch) <= room
+        assert advice.footprint_of(advised, of_it).total(batch) <= room
         assert batch < 6 == batch * advised.trainer["accumulate_grad_batches"]
-    assert memory.advise(config, parts, 2**20) == ""
+    assert advice.advise(config, parts, 2**20) == ""
 
 
 def test_a_training_that_runs_out_of_memory_ends_with_advice(cli: Commands) -> None:
