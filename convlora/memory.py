@@ -20,11 +20,12 @@ from convlora.run import MEBIBYTE, count
 from convlora.task import parameter_groups
 
 # Freed memory that is not given back, as a share of the tensors that a step without checkpointing holds at
-# its peak. On a CPU the C library keeps those below 32 MiB in a heap with gaps, and hands greater ones back;
-# on a GPU the allocator's blocks have gaps. Beside that, what kernels need; on a GPU also the context. Those
-# of the CPU are such that no measurement of `python -m benchmarks.memory` lies above its estimate.
+# its peak. On a CPU the C library keeps those below 32 MiB in a heap, where greater ones leave greater gaps,
+# and hands back those from 32 MiB on; on a GPU the allocator's blocks have gaps. Beside that, what kernels
+# need; on a GPU also the context. Those of the CPU are such that no training of SAM measured by
+# `python -m benchmarks.memory` lies above its estimate.
 MAPPED = 32 * MEBIBYTE
-GAPS = {"cpu": (1.8, 0.4), "cuda": (0.15, 0.15)}
+GAPS = {"cpu": (1.2, 3.6, 0.4), "cuda": (0.15, 0.0, 0.15)}
 RUNTIME = {"cpu": 128 * MEBIBYTE, "cuda": 640 * MEBIBYTE}
 
 # What this program holds by itself, bytes: read when all it needs is loaded, and there is no model yet
@@ -43,7 +44,8 @@ class Footprint:
         constants: what a step holds whatever the batch, such as weights cast to half precision, bytes.
         held: sizes of the tensors that a step of one image holds at its peak, bytes.
         freed: sizes of those whose memory leaves gaps, bytes.
-        gaps: how much of the freed ones, below `MAPPED` and from there on.
+        gaps: a and b of the share a + b (size / `MAPPED`)^2 of the freed ones below that size, and the share
+            of those above.
         loading: what the program holds while it loads the weights, bytes.
     """
 
@@ -54,7 +56,7 @@ class Footprint:
     constants: int
     held: NDArray[np.int64]
     freed: NDArray[np.int64]
-    gaps: tuple[float, float]
+    gaps: tuple[float, float, float]
     loading: int
 
     def total(self, batch_size: int) -> int:
@@ -64,9 +66,8 @@ class Footprint:
 
     def activations(self, batch_size: int) -> int:
         """Return what a step holds for so many images, and the gaps that it leaves, bytes."""
-        freed = batch_size * self.freed
-        below, above = self.gaps
-        gaps = np.where(freed < MAPPED, below, above) @ freed
+        freed, (least, more, above) = batch_size * self.freed, self.gaps
+        gaps = np.where(freed < MAPPED, least + more * (freed / MAPPED) ** 2, above) @ freed
         return self.constants + batch_size * int(self.held.sum()) + int(gaps)
 
     def largest_batch(self, room: int) -> int:

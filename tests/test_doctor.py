@@ -130,8 +130,8 @@ def test_gaps_are_left_by_small_tensors(plain: tuple[Parts, Footprint]) -> None:
     """Beyond a size memory is handed back, so that a greater batch can take less."""
     _, needed = plain
     size = memory.MAPPED // 4
-    one = replace(needed, constants=0, held=np.array([size]), freed=np.array([size]), gaps=(1.5, 0.5))
-    assert [one.activations(batch) // size for batch in (1, 3, 4, 8)] == [2, 7, 6, 12]
+    one = replace(needed, constants=0, held=np.array([size]), freed=np.array([size]), gaps=(1.0, 4.0, 0.5))
+    assert [one.activations(batch) / size for batch in (1, 3, 4, 8)] == [2.25, 12.75, 6, 12]
     assert one.largest_batch(one.total(0) + 6 * size) == 4
 
 
