@@ -232,7 +232,10 @@ def test_readers_are_told_what_an_interval_leaves_out(cli: Commands, tmp_path: P
         (("runs=nowhere",), "runs=nowhere: no such folder; name one or several that hold runs"),
         (("runs=[empty]",), "runs=[empty]: no run there has ended (none has a summary.json)"),
         (("runs=[]",), "runs=[] names no folder"),
-        (("runs=runs", "baseline=vera"), "baseline=vera is none of the settings; there are peft=dora"),
+        (
+            ("runs=runs", "baseline=vera"),
+            "baseline=vera is none of the settings; there are \"baseline='peft=dora'\"",
+        ),
         (
             ("runs=runs", "baseline=sgd"),
             "baseline=sgd is several settings; name one of peft=dora optimizer=sgd",

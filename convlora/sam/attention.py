@@ -182,13 +182,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def position_of_keys(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the row [h, w, h] and the column [h, w, w] of each token as one-hot vectors, made once."""
-    return _position_of_keys(h, w, device)
+    with unset_fake_temporarily():  # kept with its numbers, also where a step is followed that has none
+        return _position_of_keys(h, w, device)
 
 
 @cache
 def _position_of_keys(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    # kept for training, wherever it is made, also where tensors have no data while a step is followed
-    with unset_fake_temporarily(), torch.inference_mode(False):
+    with torch.inference_mode(False):  # kept for training, wherever it is made
         row, col = torch.eye(h, device=device), torch.eye(w, device=device)
         return row[:, None].expand(h, w, h).contiguous(), col.expand(h, w, w).contiguous()
 

@@ -65,7 +65,7 @@ def test_widths_without_a_flash_backward_pass_are_padded_where_it_is_missing() -
 def test_attention_on_a_consumer_gpu_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without storage stand for a GPU's."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
-    monkeypatch.setattr(ours, "_position_of_keys", ours._position_of_keys.__wrapped__)  # nothing is kept
+    monkeypatch.setattr(ours, "position_of_keys", ours._position_of_keys.__wrapped__)  # nothing is kept
     widths = []
 
     class Widths(TorchFunctionMode):
