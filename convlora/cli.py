@@ -94,9 +94,8 @@ def command(
             if output is None and HydraConfig.get().sweeper.params:
                 raise ValueError("sweep=... is for several runs; add -m")
             known = inspect.signature(schema).parameters
-            check_keys(
-                "", schema, {str(key): None for key in cfg if key not in known}
-            )  # before what is missing
+            # a misspelt key is told before the one that is missing for it
+            check_keys("", schema, {str(key): None for key in cfg if key not in known})
             config = check_keys("", schema, resolve(cfg))
             if folder is not None and output is not None:
                 config[folder] = output

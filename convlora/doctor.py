@@ -1,5 +1,6 @@
 """Look whether a training can run here: `python -m convlora.doctor dataset=kvasir model=sam_vit_b`."""
 
+import os
 import platform
 import shutil
 import sys
@@ -36,7 +37,7 @@ def doctor(config: TrainConfig) -> None:
         run.check_unused(Path(config.run_dir))
     parts = make_parts("train", config)
     folder = next(each for each in Path(config.run_dir).absolute().parents if each.is_dir())
-    mode = wandb_mode()
+    told = os.environ.get("WANDB_MODE")
     print_lines(
         {
             "versions": ", ".join(
@@ -45,7 +46,7 @@ def doctor(config: TrainConfig) -> None:
             "device": describe(advice.device_of(config)),
             "precision": str(config.trainer["precision"]),
             "disk": f"{advice.spell(shutil.disk_usage(folder).free)} free for {config.run_dir}",
-            "W&B": MODES.get(mode, mode),
+            "W&B": f"{told}, as WANDB_MODE says" if told else MODES[wandb_mode()],
         }
     )
     problems = check_files(parts)
@@ -84,9 +85,11 @@ def describe(device: str) -> str:
 
 def check_files(parts: Parts) -> list[str]:
     """Print which images and weights are there; returns what is missing, with the way to get it."""
-    backbone, problems = parts.backbone, []
-    if backbone.weights is not None and not Path(backbone.weights).expanduser().is_file():
-        problems.append(f"{backbone.name}: no weights file at {backbone.weights}; set model.weights=PATH")
+    backbone, problems = parts.backbone, list[str]()
+    try:
+        backbone.check_weights()
+    except FileNotFoundError as error:
+        problems.append(str(error))
     lines = {"model": f"{backbone.name} at {backbone.image_size} px, {backbone.weights_source()}"}
     for data in parts.tests:
         splits: tuple[Split, ...] = data.splits if data is parts.data else ("test",)
@@ -111,6 +114,8 @@ def check_memory(config: TrainConfig, parts: Parts) -> list[str]:
         "optimiser": needed.optimizer,
         f"activations of {batch} image{'s' * (batch > 1)}": needed.activations(batch),
     }
+    if needed.total(batch) == needed.loading:
+        shares = {"while the weights are loaded": needed.loading}
     parted = ", ".join(f"{name} {advice.spell(size)}" for name, size in shares.items())
     print_lines(
         {

@@ -153,7 +153,8 @@ def interruptible(rank: int) -> Iterator[list[int]]:
     """Let SIGTERM end a run as Ctrl-C does, once: what comes after the first does not disturb the ending.
 
     In a job of SLURM so does SIGUSR1, by which it announces that its time is up. Only the process that saves
-    follows it, since another that left would keep that one waiting; SLURM ends them all.
+    follows it, since another that left would keep that one waiting; SLURM ends them all. Of several processes
+    one that has not stopped after `STOPPING` seconds is ended by an alarm.
 
     Args:
         rank: of this process.
@@ -405,10 +406,8 @@ def what_is_kept(folder: Path, trainer: Trainer, error: BaseException) -> str:
         f"go on: {again}",
         f"use the best so far: python -m convlora.export {in_shell('checkpoint', folder)}",
     ]
-    if isinstance(error, FloatingPointError) or is_out_of_memory(
-        error
-    ):  # which the resumed run would meet again
-        lines.pop(2)
+    if isinstance(error, FloatingPointError) or is_out_of_memory(error):
+        lines.pop(2)  # the resumed run would meet it again
     return "\n".join(lines)
 
 

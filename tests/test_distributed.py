@@ -52,8 +52,6 @@ def test_a_sweep_on_two_devices_leaves_its_jobs_alone_and_goes_on_after_one_proc
     for folder, parts in ((first, 1), (second, 2)):
         summary = json.loads((folder / "summary.json").read_text())
         assert summary["steps"] == 2 * 3  # 10 images on two ranks, two at a time
-        state = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
-        assert all(torch.isfinite(value).all() for value in state.values())
         assert (folder / "adapter.safetensors").is_file()
         logged = [path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")]
         assert (len(logged), len(set(logged))) == (parts, 1)

@@ -1,8 +1,13 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 
+from convlora.callbacks import Vitals
 from convlora.run import write_json
 from convlora.tracking import finish_wandb, wandb_logger
 
@@ -37,3 +42,24 @@ def test_what_is_no_number_is_null_in_json(tmp_path: Path) -> None:
     text = (tmp_path / "a.json").read_text()
     assert "NaN" not in text
     assert json.loads(text) == {"miou": 0.5, "sets": {"aerial": {"iou_roof": None, "images": 3}}}
+
+
+def test_the_rate_of_images_counts_those_of_the_step_that_is_logged() -> None:
+    """Also of the first, where every step is."""
+    logged: list[float] = []
+
+    class Kept(DummyLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            logged.append(metrics["train/images_per_second"])
+
+    class Step(LightningModule):
+        def log(self, *_: Any, **__: Any) -> None: ...
+
+    trainer, step, vitals = Trainer(logger=Kept(), log_every_n_steps=1, accelerator="cpu"), Step(), Vitals()
+    batch: Any = SimpleNamespace(images=range(4))
+    vitals.on_train_epoch_start(trainer, step)
+    for number in range(2):
+        vitals.on_train_batch_start(trainer, step, batch, number)
+        vitals.on_before_optimizer_step(trainer, step, None)
+    assert min(logged) > 0
+    assert len(logged) == 2

@@ -145,6 +145,13 @@ class Backbone(ABC):
         absent = "no such file" if self.weights is not None else f"to be downloaded from {self.url}"
         return f"weights {path}" if path.is_file() else f"weights {path} ({absent})"
 
+    def check_weights(self) -> None:
+        """Refuse a file of weights that is not there; raises FileNotFoundError."""
+        if self.weights is not None and self.weights_path is not None and not self.weights_path.is_file():
+            raise FileNotFoundError(
+                f"{self.name}: no weights file at {self.weights_path}; set model.weights=PATH"
+            )
+
     def padding_advice(self) -> str | None:
         """Say by how much tokens are padded to fill their windows, if they are, and which sizes need none."""
         size, tokens, window = self.image_size, self.image_size // self.patch_size, self.window_size
@@ -256,8 +263,7 @@ def load_backbone(backbone: Backbone) -> tuple[Sam, str]:
     else:
         if backbone.weights is None and backbone.url is not None:
             checkpoints.fetch(backbone.name, backbone.url)
-        if not path.is_file():
-            raise FileNotFoundError(f"{backbone.name}: no weights file at {path}; set model.weights=PATH")
+        backbone.check_weights()
         state = backbone.convert(checkpoints.read(backbone.name, path))
         sam = backbone.build()
         checkpoints.check_fit(backbone.name, path, state, sam.state_dict())
