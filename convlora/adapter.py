@@ -55,6 +55,12 @@ class Adapter:
     precision: str
     metadata: Mapping[str, str]
 
+    @property
+    def median_side(self) -> int | None:
+        """Of the longer sides of the images trained on, px; None where it is not known."""
+        side = self.metadata.get("median_side")
+        return None if side is None else int(side)
+
 
 def describe(
     config: Config,
@@ -127,7 +133,13 @@ def load(
             "cpu or cuda, and precision=32-true, bf16-mixed or 16-mixed"
         ) from error
     say_precision(adapter.precision, str(fabric._precision.precision), fabric.device)
-    return Predictor(segmenter, adapter.resize, adapter.class_colors, fabric.autocast)
+    return Predictor(
+        segmenter,
+        adapter.resize,
+        adapter.class_colors,
+        fabric.autocast,
+        median_side=adapter.median_side,
+    )
 
 
 def find(checkpoint: str | Path) -> Path:

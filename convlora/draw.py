@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import cv2
 import matplotlib
@@ -278,7 +279,7 @@ def routing_heatmap(split: Mapping[str, NDArray[np.float64]], scales: Sequence[f
 
 
 def draw_choices(
-    image: Picture, choices: Mapping[str, NDArray[np.int64]], scales: Sequence[float], path: Path
+    image: Picture, choices: Mapping[str, NDArray[np.int64]], scales: Sequence[float], path: Path | IO[bytes]
 ) -> None:
     """Draw for each layer which expert has the say where, on the image, to a PNG.
 
@@ -286,7 +287,7 @@ def draw_choices(
         image: [h, w, 3].
         choices: layer -> index of the expert at each pixel [h, w].
         scales: of the experts.
-        path: PNG.
+        path: PNG, or a file that is open.
     """
     colors = np.array(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(scales))))[:, :3] * 255
     grey = image.mean(axis=2, keepdims=True)  # whose own colours would be taken for the experts'

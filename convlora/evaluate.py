@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -10,10 +11,15 @@ from convlora import adapter, run
 from convlora.build import check_classes, make_loss, make_test_sets, make_trainer
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
 from convlora.cli import command, refuse_idle
+from convlora.data.images import image_size
 from convlora.data.module import SegmentationDataModule
+from convlora.data.transforms import NativeSize
+from convlora.inference import TiledSegmenter
 from convlora.routing import Routing
 from convlora.schema import Config, make
+from convlora.segmenter import Segmenter
 from convlora.task import SegmentationTask
+from convlora.tiles import check_tile, choose_tiling
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ class EvaluateConfig:
     resize: None
     precision: str | None
     data_root: str
+    tiles: bool
+    tile: int | None
+    overlap: float
     output: str
     test_sets: list[str]
     seed: int
@@ -51,17 +60,29 @@ def evaluate(config: EvaluateConfig) -> None:
         *(f"loading.{key}" for key in ("resize", "augment", "shots", "cache", "seed")),
     )
     trained = adapter.read(config.checkpoint, config.model["weights"], config.precision)
-    loading = make("loading", config.loading, resize=trained.resize)
+    segmenter, resize, settings, tiling = trained.segmenter, trained.resize, config.loading, None
+    if config.tiles:
+        tiling = choose_tiling(config.tile, config.overlap, trained.median_side, config.checkpoint)
+        tiled = TiledSegmenter(segmenter, resize, tiling, settings["batch_size"])
+        segmenter = cast(Segmenter, tiled)  # in whose place it stands, since nothing is trained here
+        resize, settings = NativeSize(), {**settings, "batch_size": 1}
+    elif config.tile is not None:
+        raise ValueError(f"tile={config.tile} has no effect, since no image is cut; add tiles=true")
+    loading = make("loading", settings, resize=resize)
     data: SegmentationDataModule = make("dataset", config.dataset, loading=loading)
     tests = [data, *make_test_sets(config.test_sets, "evaluate", data)]
     for test in tests:  # a missing set should not come out after the others
         test.setup("test")
+    if config.tile is not None:
+        check_tile(config.tile, ((pair.image, image_size(pair.image)) for pair in data.listed("test")))
     check_classes(config.checkpoint, list(trained.class_colors), data)
     table, output = run.ScoreTable(), Path(config.output)
-    callbacks = [table, Overlays(table), Routing(), make_progress(config.trainer["enable_progress_bar"])]
+    callbacks = [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
+    if tiling is None:  # which cut images do not pass through as wholes
+        callbacks.append(Routing())
     trainer = make_trainer(config.trainer, callbacks, precision=trained.precision, enable_checkpointing=False)
     task = SegmentationTask(
-        trained.segmenter,
+        segmenter,
         make_loss(config.loss, trained.segmenter),
         make("metrics", config.metrics, class_names=data.class_names),
         torch.optim.AdamW,
@@ -75,16 +96,19 @@ def evaluate(config: EvaluateConfig) -> None:
     if not trainer.is_global_zero:
         return
     images = {test.name: {"images": len(test.listed("test"))} for test in tests}
-    record = {
+    record: dict[str, Any] = {
         "checkpoint": config.checkpoint,
         "dataset": data.name,
         "precision": str(trainer.precision),
+        "tile": None if tiling is None else tiling.side,
         **images[data.name],
         **results[data.name],
     }
     record["test_sets"] = {test.name: images[test.name] | results[test.name] for test in tests[1:]}
     run.write_json(output / "scores.json", record)
     console = Console(highlight=False, soft_wrap=True)
+    if tiling is not None:
+        console.print(f"by windows of {tiling.side} px")
     console.print(render_scores(results))
     console.print(f"scores.json, images.csv and pictures in {output}")
 

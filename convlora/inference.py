@@ -1,7 +1,8 @@
 """Images of any size to predictions."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from convlora.data.bands import Bands
 from convlora.data.images import read_image
 from convlora.data.samples import to_tensor
-from convlora.data.transforms import Resize, eval_transform
+from convlora.data.transforms import NativeSize, Resize, eval_transform
 from convlora.segmenter import Segmenter, restore_size, to_prediction
+from convlora.tiles import Grid, Tiling
 
 Pixels = NDArray[np.uint8]
 
@@ -40,6 +43,8 @@ class Predictor:
         resize: with which it was trained.
         class_colors: name -> RGB colour of each class, in the order of their ids.
         context: makes the context of the precision in which it computes.
+        bands: of the images trained on; None for plain RGB.
+        median_side: of the longer sides of the images trained on, px; None where it is not known.
 
     Attributes:
         transform: makes the network's input of an image.
@@ -47,15 +52,19 @@ class Predictor:
 
     def __init__(
         self,
-        segmenter: Segmenter,
+        segmenter: "Segmenter | TiledSegmenter",
         resize: Resize,
         class_colors: dict[str, list[int]],
         context: Callable[[], AbstractContextManager[object]],
+        bands: Bands | None = None,
+        median_side: int | None = None,
     ):
         self.segmenter = segmenter
         self.resize = resize
         self.class_colors = class_colors
         self.context = context
+        self.bands = bands
+        self.median_side = median_side
         self.transform: A.Compose = eval_transform(resize)
 
     def predict(self, image: str | Path | Image.Image | Pixels) -> Found:
@@ -82,6 +91,19 @@ class Predictor:
             )
         return self.segment([self.prepare(pixels)], [(pixels.shape[0], pixels.shape[1])])[0]
 
+    def tiled(self, tiling: Tiling, batch_size: int = 4) -> "Predictor":
+        """Return a predictor on the same model that cuts images into windows, for large photographs.
+
+        Args:
+            tiling: how images are cut.
+            batch_size: windows at a time.
+        """
+        assert isinstance(self.segmenter, Segmenter), "it cuts images already"
+        segmenter = TiledSegmenter(self.segmenter, self.resize, tiling, batch_size)
+        return Predictor(
+            segmenter, NativeSize(), self.class_colors, self.context, self.bands, self.median_side
+        )
+
     def prepare(self, pixels: Pixels) -> Tensor:
         """Return RGB pixels [h, w, 3] as the network takes them [3, s, s]."""
         return to_tensor(self.transform(image=pixels)["image"])
@@ -96,6 +118,10 @@ class Predictor:
         Returns:
             What is found in each image, at its own size.
         """
+        return [to_found(logits) for logits in self.logits(inputs, sizes)]
+
+    def logits(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Return the logits [c, h, w] of each image of a batch at its own size; arguments as of `segment`."""
         if not inputs:
             return []
         training, device = self.segmenter.training, self.segmenter.dense_prompt.device
@@ -106,8 +132,68 @@ class Predictor:
         with torch.inference_mode(), self.context():
             logits = self.segmenter(images.to(device, non_blocking=True))
         self.segmenter.train(training)
-        found = (
-            to_prediction(restore_size(logit, self.resize.content(*size), size))
+        return [
+            restore_size(logit, self.resize.content(*size), size)
             for logit, size in zip(logits, sizes, strict=True)
-        )
-        return [Found(classes.cpu().numpy(), prob.cpu().numpy()) for classes, prob in found]
+        ]
+
+
+def to_found(logits: Tensor) -> Found:
+    """Return what logits [c, h, w] say."""
+    classes, prob = to_prediction(logits)
+    return Found(classes.cpu().numpy(), prob.cpu().numpy())
+
+
+class TiledSegmenter(nn.Module):
+    """A segmenter of images at their own size, which it cuts into windows; for scores and single photographs.
+
+    It stands where a segmenter does, with `NativeSize` in the place of the resize.
+
+    Args:
+        segmenter: of windows.
+        resize: of windows to the segmenter's input.
+        tiling: how images are cut.
+        batch_size: windows at a time.
+    """
+
+    def __init__(self, segmenter: Segmenter, resize: Resize, tiling: Tiling, batch_size: int):
+        super().__init__()
+        self.segmenter = segmenter
+        self.tiling = tiling
+        self.batch_size = batch_size
+        self.windows = Predictor(segmenter, resize, {}, nullcontext)
+
+    @property
+    def dense_prompt(self) -> Tensor:
+        """A tensor on the device on which it computes."""
+        return self.segmenter.dense_prompt
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [n, c, h, w] of RGB images [n, 3, h, w] uint8."""
+        return self.outputs(images)
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """Return what `forward` does."""
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        return torch.stack([self._blended(image) for image in pixels])
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Return the outputs, which are logits."""
+        return outputs
+
+    def _blended(self, pixels: Pixels) -> Tensor:
+        grid = Grid(len(pixels), pixels.shape[1], self.tiling)
+        tiles = self._tiles(pixels, grid)
+        first = next(tiles)
+        store = first.new_zeros(len(first), grid.size[0], grid.width)
+        rows = [rows.clone() for _, rows in grid.blend(chain([first], tiles), store)]
+        return torch.cat(rows, dim=1)
+
+    def _tiles(self, pixels: Pixels, grid: Grid) -> Iterator[Tensor]:
+        height, width = grid.size
+        for start in range(0, len(grid.windows), self.batch_size):
+            few = grid.windows[start : start + self.batch_size]
+            seen = [grid.padded(pixels[top : top + height, left : left + width]) for top, left, *_ in few]
+            inputs = [self.windows.prepare(window) for window in seen]
+            for logits in self.windows.logits(inputs, [(len(each), each.shape[1]) for each in seen]):
+                yield logits[:, :height, :width]

@@ -158,7 +158,7 @@ class Routing(Callback):
 
 def _layers(module: LightningModule) -> dict[str, ConvLoRAEquationLinear]:
     assert isinstance(module, SegmentationTask)
-    return routed_layers(module.segmenter.image_encoder)
+    return routed_layers(module.segmenter.get_submodule("image_encoder"))
 
 
 def _scales(layers: Layers) -> Sequence[float]:

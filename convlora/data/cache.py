@@ -61,7 +61,7 @@ class CachedRead:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.file.exists() or self.file.stat().st_size != self.bytes:
                 self._check_room(folder, "another folder in loading.cache")
-                _reserve(self.file, self.bytes)
+                reserve(self.file, self.bytes)
             self._open()
         except (OSError, RuntimeError) as error:
             raise OSError(
@@ -113,7 +113,7 @@ class CachedRead:
             )
 
 
-def _reserve(path: Path, size: int) -> None:
+def reserve(path: Path, size: int) -> None:
     """Make a file of zeros that has its room on the disk, or none at all."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:

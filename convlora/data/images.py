@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from convlora.data.bands import Bands
+
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -19,7 +21,7 @@ _COLOUR_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CM
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+def read_image(path: Path, bands: "Bands | None" = None) -> NDArray[np.uint8]:
     """Read an image upright as RGB [h, w, 3].
 
     Grey is replicated, alpha is dropped, 16 bits keep their high byte.
@@ -28,6 +30,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be decoded, or its pixels have no 8-bit or 16-bit range.
     """
+    if bands is not None:
+        return bands.read(path)
     image = open_image(path)
     if image.mode.startswith("I"):
         values = np.asarray(image)

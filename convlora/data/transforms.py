@@ -70,6 +70,19 @@ class LongestSideResize:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+@dataclass(frozen=True)
+class NativeSize:
+    """Leaves an image as it is, 8-bit RGB, for what cuts it into windows of the network's size itself."""
+
+    image_size: int = 0  # there is no square
+
+    def steps(self) -> list[A.BasicTransform]:
+        return []
+
+    def content(self, height: int, width: int) -> tuple[int, int]:
+        return height, width
+
+
 def eval_transform(resize: Resize) -> A.Compose:
     """Return the transform for evaluation and prediction: resize, normalise and pad."""
     return A.Compose(resize.steps())

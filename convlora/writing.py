@@ -1,0 +1,177 @@
+"""What prediction writes of an image: where, what marks it, and pictures that are whole or not there."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from convlora import draw
+from convlora.data.bands import load_rasterio
+from convlora.data.images import list_images
+
+MADE_BY = "CONVLORA"  # names the mark in the files
+TIFF = (".tif", ".tiff")
+GEOJSON = ".geojson"
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image and the files that are made of it.
+
+    Attributes:
+        path: of the image.
+        name: of its files, without ending, relative to their folders.
+        is_scene: whether it is read and written by windows, as GeoTIFF.
+        kinds: folders in the output's, as `probabilities`; the mask itself is "".
+    """
+
+    path: Path
+    name: str
+    is_scene: bool
+    kinds: Sequence[str]
+
+    def files(self, output: Path) -> dict[str, Path]:
+        """Return the files that are made of the image, by their kind."""
+        ends = {"polygons": GEOJSON}
+        end = TIFF[0] if self.is_scene else ".png"
+        return {kind: output / kind / f"{self.name}{ends.get(kind, end)}" for kind in self.kinds}
+
+
+def find_images(source: Path, output: Path) -> dict[Path, str]:
+    """Return the images at `source`, each with the name of what is made of it.
+
+    The name is the image's path in the folder without its ending, or with it where images differ in that
+    alone. A list, NAME.txt, has the path of an image in each line, relative to its own folder.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or no images in it.
+        ValueError: the output would overwrite the input.
+    """
+    if source.suffix == ".txt" and source.is_file():
+        paths = _listed(source)
+        folder = Path(os.path.commonpath([path.parent for path in paths])) if paths else source.parent
+    elif source.is_file():
+        paths, folder = [source], source.parent
+    elif source.is_dir():
+        found, folder = list_images(source, recursive=True), source
+        paths = [path for path in found if output.resolve() not in path.resolve().parents]
+    else:
+        raise FileNotFoundError(f"input={source}: no such file or folder")
+    if {"images", "masks"} <= {path.relative_to(folder).parts[0] for path in paths}:
+        raise ValueError(f"input={source} holds masks beside images; set input={source / 'images'}")
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"output={output} is the input's folder, masks would replace images; choose another")
+    if not paths:
+        raise FileNotFoundError(f"input={source}: no images in it")
+    names = {path: path.relative_to(folder) for path in paths}
+    stems = Counter(name.with_suffix("") for name in names.values())
+    return {
+        path: str(name.with_suffix("") if stems[name.with_suffix("")] == 1 else name)
+        for path, name in names.items()
+    }
+
+
+def _listed(listing: Path) -> list[Path]:
+    lines = [line.strip() for line in listing.read_text().splitlines()]
+    paths = list(dict.fromkeys(listing.parent / line for line in lines if line))
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"input={listing} lists {len(missing)} files that are not there (first {missing[0]}); paths are "
+            "absolute or relative to the list's folder"
+        )
+    return paths
+
+
+def left_to_do(items: Iterable[Item], output: Path, made_by: str, overwrite: bool) -> list[Item]:
+    """Return the images whose files are not all there.
+
+    Raises:
+        FileExistsError: files are there that another adapter or other settings made, or something else.
+    """
+    items = list(items)
+    if overwrite:
+        return items
+    marks = [(item, [maker(file) for file in item.files(output).values() if file.exists()]) for item in items]
+    strange = [item for item, found in marks if set(found) - {made_by}]
+    if strange:
+        file = next(file for file in strange[0].files(output).values() if file.exists())
+        raise FileExistsError(
+            f"output={output} holds files of {len(strange)} of these images that another adapter or other "
+            f"settings made (as {file}); choose another output, or set overwrite=true to replace them"
+        )
+    return [item for item, found in marks if len(found) < len(item.kinds)]
+
+
+def maker(file: Path) -> str | None:
+    """Return what identifies the adapter and the settings that made a file; None of a file from elsewhere."""
+    try:
+        if file.suffix == GEOJSON:
+            with file.open() as lines:
+                return str(json.loads(f"{lines.readline()}]}}")[MADE_BY])
+        if file.suffix in TIFF:
+            with load_rasterio().open(file) as raster:
+                found: str | None = raster.tags().get(MADE_BY)
+                return found
+        with Image.open(file) as picture:
+            return picture.info.get(MADE_BY)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def save(picture: Image.Image, file: Path, made_by: str) -> None:
+    """Write a picture as PNG, whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    mark = PngInfo()
+    mark.add_text(MADE_BY, made_by)
+    with whole(file) as new:
+        picture.save(new, "png", pnginfo=mark)
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which becomes `file` in the end, or vanishes where writing fails.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    new = file.with_name(f"{file.name}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        new.replace(file)
+    except OSError as error:
+        raise OSError(
+            f"could not write {file} ({error}); is there room on the disk? The same command goes on after "
+            "what is done"
+        ) from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def as_mask(classes: NDArray[np.uint8], colors: Mapping[str, Sequence[int]]) -> Image.Image:
+    """Return 0 and 255 for a foreground alone, else the class ids with a palette of the classes' colours."""
+    if len(colors) == 1:
+        return Image.fromarray(classes * np.uint8(255))
+    picture = Image.fromarray(classes)
+    picture.putpalette([channel for color in colors.values() for channel in color])
+    return picture
+
+
+def as_overlay(
+    image: NDArray[np.uint8], classes: NDArray[np.uint8], colors: Mapping[str, Sequence[int]]
+) -> Image.Image:
+    """Return the classes drawn on the image, of several with a legend below."""
+    picture = draw.draw_classes(image, classes, colors)
+    return Image.fromarray(picture if len(colors) == 1 else draw.add_legend(picture, colors))
