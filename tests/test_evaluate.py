@@ -8,6 +8,7 @@ import numpy as np
 import py_sod_metrics
 import pytest
 from conftest import SMALL, Commands, plant_test_set, train_in
+from PIL import Image
 from processes import Training
 from ranks import command, together
 
@@ -179,3 +180,50 @@ def test_further_test_sets_that_make_no_sense_are_refused(
     done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, f"test_sets={names}")
     assert done.code == 1
     assert message in done.err
+
+
+def test_images_cut_into_windows_are_scored_as_they_are_predicted(cli: Commands, run: Path) -> None:
+    """What `predict tiles=true` writes of large images has the scores that `evaluate tiles=true` tells."""
+    plant_test_set(Path("data/TestDataset/CHAMELEON"), 3)
+    large = Path("data/TestDataset/CHAMELEON/Imgs/0.jpg")
+    Image.open(large).resize((150, 100)).save(large)
+    Image.open("data/TestDataset/CHAMELEON/GT/0.png").resize((150, 100), 0).save(
+        "data/TestDataset/CHAMELEON/GT/0.png"
+    )
+    cut = ("tiles=true", "tile=56")
+    arguments = (f"checkpoint={run}", "dataset=chameleon", *QUIET, "loading.num_workers=0")
+    done = cli(evaluate, *arguments, "output=cut", *cut)
+    assert done.code == 0, done.err
+    assert "by windows of 56 px" in done.out
+    assert cli(evaluate, *arguments, "output=whole").code == 0
+    with Path("cut/images.csv").open() as file:
+        rows = {Path(row["image"]).stem: float(row["mae"]) for row in csv.DictReader(file)}
+    predicted = cli(predict, f"checkpoint={run}", f"input={large.parent}", "output=masks", *cut,
+                    "probabilities=true", "num_workers=0")  # fmt: skip
+    assert predicted.code == 0, predicted.err
+    for name, mae in rows.items():
+        prob = cv2.imread(f"masks/probabilities/{name}.png", cv2.IMREAD_UNCHANGED)
+        mask = cv2.imread(f"data/TestDataset/CHAMELEON/GT/{name}.png", cv2.IMREAD_GRAYSCALE)
+        score = py_sod_metrics.MAE()
+        score.step(prob, mask)
+        assert score.get_results()["mae"] == pytest.approx(mae, abs=1e-6)
+    record = json.loads(Path("cut/scores.json").read_text())
+    assert record["tile"] == 56
+    assert (Path("cut") / "overlays.png").is_file()
+    assert scores("cut")["mae"] != pytest.approx(scores("whole")["mae"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tile=32",), "tile=32 has no effect, since no image is cut; add tiles=true"),
+        (("tiles=true", "tile=500"), "tile=500 is larger than the images"),
+        (("tiles=true", "overlap=0"), "overlap=0 must lie above 0"),
+    ],
+)
+def test_impossible_windows_are_refused(
+    cli: Commands, run: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    plant_test_set(Path("data/TestDataset/CHAMELEON"), 1)
+    done = cli(evaluate, f"checkpoint={run}", "dataset=chameleon", *QUIET, "output=out", *arguments)
+    assert (done.code, message in done.err) == (1, True), done.err

@@ -127,3 +127,131 @@ def test_masks_inside_the_input_are_not_taken_for_images(cli: Commands, checkpoi
     refused = cli(predict, checkpoint, "input=in", "output=out", "num_workers=0")
     assert refused.err == "error: input=in holds masks beside images; set input=in/images"
     assert cli(predict, checkpoint, "input=in/images", "output=out", "num_workers=0").code == 0
+
+
+def bytes_in(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_what_is_written_is_not_made_again_until_it_is_asked_for(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/a.png"))
+    photo(Path("in/b.png"), 20, 30)
+    arguments = (checkpoint, "input=in", "output=out", "num_workers=0")
+    assert cli(predict, *arguments).code == 0
+    first, changed = bytes_in("out"), Path("out/a.png").stat().st_mtime_ns
+    Path("out/b.png").unlink()
+    again = cli(predict, *arguments)
+    assert "1 of 2 are there already; overwrite=true makes them anew" in again.out
+    assert "1 of 1 masks written" in again.out
+    assert (bytes_in("out"), Path("out/a.png").stat().st_mtime_ns) == (first, changed)
+    assert "2 of 2 masks written" in cli(predict, *arguments, "overwrite=true").out
+    assert Path("out/a.png").stat().st_mtime_ns > changed
+
+
+def test_what_else_is_asked_for_later_is_made_then(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/a.png"))
+    assert cli(predict, checkpoint, "input=in", "output=out", "num_workers=0").code == 0
+    assert cli(predict, checkpoint, "input=in", "output=out", "num_workers=0", "overlays=true").code == 0
+    assert Path("out/overlays/a.png").is_file()
+
+
+@pytest.mark.parametrize("maker", ["another adapter", "other settings", "something else"])
+def test_masks_of_another_origin_are_neither_kept_nor_replaced_unsaid(
+    cli: Commands, checkpoint: str, tmp_path: Path, maker: str
+) -> None:
+    photo(Path("in/a.png"), 64, 90)
+    arguments = ["input=in", "output=out", "num_workers=0"]
+    if maker == "something else":
+        photo(Path("out/a.png"))
+    elif maker == "other settings":
+        assert cli(predict, checkpoint, *arguments, "tiles=true", "tile=48").code == 0
+    else:
+        other = train_in(tmp_path, *SMALL, "logger=csv", "trainer.max_epochs=1", "seed=1")
+        assert cli(predict, f"checkpoint={other}", *arguments).code == 0
+    before = bytes_in("out")
+    refused = cli(predict, checkpoint, *arguments)
+    assert refused.code == 1
+    assert "output=out holds files of 1 of these images that another adapter or other settings" in refused.err
+    assert bytes_in("out") == before
+    assert cli(predict, checkpoint, *arguments, "overwrite=true").code == 0
+    assert bytes_in("out") != before
+
+
+def test_a_list_names_the_images(cli: Commands, checkpoint: str) -> None:
+    photo(Path("data/x/a.png"))
+    photo(Path("data/y/b.png"))
+    photo(Path("data/y/c.png"))
+    Path("data/list.txt").write_text("x/a.png\n\n y/b.png \nx/a.png\n")
+    done = cli(predict, checkpoint, "input=data/list.txt", "output=out", "num_workers=0")
+    assert "2 of 2 masks written" in done.out
+    assert sorted(str(path) for path in Path("out").rglob("*.png")) == ["out/x/a.png", "out/y/b.png"]
+    Path("data/list.txt").write_text("x/a.png\ny/d.png\n")
+    refused = cli(predict, checkpoint, "input=data/list.txt", "output=out", "num_workers=0")
+    assert "lists 1 files that are not there (first data/y/d.png)" in refused.err
+
+
+def test_a_list_beside_its_images_does_not_let_masks_replace_them(cli: Commands, checkpoint: str) -> None:
+    photo(Path("data/x/a.png"))
+    photo(Path("data/x/b.png"))
+    Path("list.txt").write_text("data/x/a.png\ndata/x/b.png\n")
+    before = bytes_in("data")
+    assert cli(predict, checkpoint, "input=list.txt", "output=data/x", "overwrite=true").code == 1
+    assert bytes_in("data") == before
+
+
+def test_devices_share_the_images_out(cli: Commands, checkpoint: str) -> None:
+    for i in range(3):
+        photo(Path(f"in/{i}.png"), 20 + 9 * i, 40)
+    Path("in/broken.png").write_bytes(b"no image")
+    for count in (1, 2):
+        done = cli(predict, checkpoint, "input=in", f"output=out{count}", f"devices={count}", "device=cpu",
+                   "num_workers=0", "batch_size=1")  # fmt: skip
+        assert done.code == 1
+        assert "3 of 4 masks written" in done.out
+        assert "broken.png: cannot be decoded" in done.err
+    assert bytes_in("out1") == bytes_in("out2")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("devices=0", "devices=0 must be at least 1"),
+        ("tile=48", "tile=48 has no effect, since no image is cut; add tiles=true"),
+        ("polygons=true", "polygons=true is for GeoTIFF, but in/a.png is none; leave it out"),
+    ],
+)
+def test_settings_without_effect_are_refused(
+    cli: Commands, checkpoint: str, argument: str, message: str
+) -> None:
+    photo(Path("in/a.png"))
+    done = cli(predict, checkpoint, "input=in", "output=out", argument)
+    assert (done.code, message in done.err) == (1, True), done.err
+    assert not Path("out").exists()
+
+
+def test_large_photographs_are_cut_into_windows(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/a.png"), 100, 150)
+    photo(Path("in/small.png"), 40, 40)
+    arguments = ("input=in", "num_workers=0", "probabilities=true", "overlays=true")
+    assert cli(predict, checkpoint, *arguments, "output=cut", "tiles=true", "tile=64").code == 0
+    assert cli(predict, checkpoint, *arguments, "output=whole").code == 0
+    [cut, whole], [small, expected] = (
+        [read(f"{folder}/probabilities/{name}.png").astype(int) for folder in ("cut", "whole")]
+        for name in ("a", "small")
+    )
+    assert cut.shape == whole.shape
+    assert np.abs(cut - whole).max() > 3  # seen at another scale
+    assert np.abs(small - expected).max() <= 1  # one window holds it
+
+
+def test_a_failure_while_writing_ends_the_call_and_leaves_no_half_file(
+    cli: Commands, checkpoint: str
+) -> None:
+    for name in ("a", "b"):
+        photo(Path(f"in/{name}.png"))
+    Path("out/b.png").mkdir(parents=True)  # which cannot be replaced by a file
+    done = cli(predict, checkpoint, "input=in", "output=out", "num_workers=0", "overwrite=true")
+    assert done.code == 1
+    assert "error: could not write out/b.png" in done.err
+    assert read("out/a.png").shape == (30, 50)
+    assert not list(Path("out").glob("*.new"))

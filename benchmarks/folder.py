@@ -1,0 +1,84 @@
+"""Prediction on a folder against the model alone: `python -m benchmarks.folder`.
+
+500 images of 512 x 512 as JPEG, MobileSAM with random weights. `model` is the same model on inputs that are in
+memory, batch by batch, nothing read, restored or written; `predict` is all that `convlora.predict` does from
+files to files. Both in one process in turn, after a first that does not count.
+"""
+
+import argparse
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from benchmarks.measure import alternate, default_device, ratio, report, warm_heap
+from benchmarks.step import METHODS, Setting, backbone
+from convlora.data.transforms import SquareResize
+from convlora.inference import Predictor
+from convlora.predict import PredictConfig, predict_photos
+from convlora.segmenter import Segmenter
+from convlora.writing import Item
+
+SIDE, BATCH = 512, 4
+SETTINGS = (("mobile_sam", 256), ("mobile_sam", 512))
+
+
+def make_images(folder: Path, count: int) -> list[Item]:
+    """Write smooth random images."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        coarse = rng.integers(0, 255, (SIDE // 8, SIDE // 8, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{index}.jpg"), cv2.resize(coarse, (SIDE, SIDE)))
+    return [Item(folder / f"{index}.jpg", str(index), False, [""]) for index in range(count)]
+
+
+def main() -> None:
+    """Measure, print the table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    warm_heap()
+    rows = []
+    for model, side in SETTINGS:
+        torch.manual_seed(0)
+        segmenter = Segmenter(backbone(Setting(model, side, BATCH)).build(), METHODS["conv_lora"]).eval()
+        predictor = Predictor(
+            segmenter.to(options.device), SquareResize(side), {"thing": [255, 0, 0]}, nullcontext
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            items = make_images(Path(folder), options.images)
+            inputs = torch.randn(BATCH, 3, side, side, device=options.device)
+
+            def alone() -> None:
+                with torch.inference_mode():
+                    for _ in range(options.images // BATCH):
+                        segmenter(inputs)
+
+            def whole() -> None:
+                config = PredictConfig(
+                    "", "", f"{folder}/{time.monotonic_ns()}", False, False, False, False, False, None, None,
+                    0.25, BATCH, 2, options.device, 1, None, {},
+                )  # fmt: skip
+                predict_photos(predictor, items, config, "benchmark", lambda steps: steps)
+
+            taken = alternate({"model": alone, "predict": whole}, options.rounds, options.device)
+        rate = options.images / min(taken["predict"])
+        rows.append(
+            {
+                "model": model,
+                "px": side,
+                "images/s": rate,
+                "of the model's own": 1 / ratio(taken, "predict", "model"),
+            }
+        )
+    report("folder", f"prediction on {options.images} images of {SIDE} px", rows, options.device)
+
+
+if __name__ == "__main__":
+    main()
