@@ -15,6 +15,8 @@ from convlora.routing import Routing
 from convlora.schema import Config, make
 from convlora.task import SegmentationTask
 
+IDLE = ("resize", "augment", "shots", "cache", "seed", "channels", "percentiles")  # of `loading`
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -48,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> None:
         "augment",
         "resize",
         "trainer.precision",
-        *(f"loading.{key}" for key in ("resize", "augment", "shots", "cache", "seed")),
+        *(f"loading.{key}" for key in IDLE),
     )
     trained = adapter.read(config.checkpoint, config.model["weights"], config.precision)
     loading = make("loading", config.loading, resize=trained.resize)
@@ -56,6 +58,7 @@ def evaluate(config: EvaluateConfig) -> None:
     tests = [data, *make_test_sets(config.test_sets, "evaluate", data)]
     for test in tests:  # a missing set should not come out after the others
         test.setup("test")
+        test.use_bands(trained.bands, "test")
     check_classes(config.checkpoint, list(trained.class_colors), data)
     table, output = run.ScoreTable(), Path(config.output)
     callbacks = [table, Overlays(table), Routing(), make_progress(config.trainer["enable_progress_bar"])]
