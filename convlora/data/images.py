@@ -111,8 +111,8 @@ def _unlabelled(image: Image.Image) -> int:
 
 def _several_bands(path: Path, count: int, dtype: str) -> str:
     return (
-        f"{path} has {count} band{'s' * (count > 1)} of {dtype} values, but a plain image is grey or RGB of 8 "
-        f"or 16 bits; {_way_out(count)}"
+        f"{path} has {count} band{'s' * (count > 1)} of {dtype} values, but a plain image is grey or RGB of "
+        f"8 or 16 bits; {_way_out(count)}"
     )
 
 
