@@ -18,6 +18,7 @@ from convlora.build import (
     say_precision,
     settings_of,
 )
+from convlora.data.bands import Bands
 from convlora.data.transforms import Resize
 from convlora.inference import Predictor
 from convlora.run import BEST, in_shell
@@ -47,6 +48,7 @@ class Adapter:
         class_colors: name -> RGB colour of each class, in the order of their ids.
         precision: to compute in, in Lightning's words.
         metadata: of the file.
+        bands: how image files are read; None reads plain images.
     """
 
     segmenter: Segmenter
@@ -54,6 +56,7 @@ class Adapter:
     class_colors: dict[str, list[int]]
     precision: str
     metadata: Mapping[str, str]
+    bands: Bands | None
 
     @property
     def median_side(self) -> int | None:
@@ -68,6 +71,7 @@ def describe(
     identity: Mapping[str, str],
     precision: str,
     median_side: int | None = None,
+    bands: Bands | None = None,
 ) -> dict[str, str]:
     """Return what an adapter file says of itself.
 
@@ -77,6 +81,7 @@ def describe(
         identity: name and SHA-256 of the base weights.
         precision: in which it is trained, in Lightning's words.
         median_side: of the longer sides of the images that it is trained on, px; None where it is not known.
+        bands: how image files are read; None reads plain images.
     """
     return {
         "format": FORMAT,
@@ -85,6 +90,7 @@ def describe(
         "class_colors": json.dumps([list(color) for color in class_colors.values()]),
         "precision": precision,
         **({} if median_side is None else {"median_side": str(median_side)}),
+        **({} if bands is None else {"bands": bands.to_json()}),
         **identity,
     }
 
@@ -133,13 +139,8 @@ def load(
             "cpu or cuda, and precision=32-true, bf16-mixed or 16-mixed"
         ) from error
     say_precision(adapter.precision, str(fabric._precision.precision), fabric.device)
-    return Predictor(
-        segmenter,
-        adapter.resize,
-        adapter.class_colors,
-        fabric.autocast,
-        median_side=adapter.median_side,
-    )
+    colors, context = adapter.class_colors, fabric.autocast
+    return Predictor(segmenter, adapter.resize, colors, context, adapter.bands, adapter.median_side)
 
 
 def find(checkpoint: str | Path) -> Path:
@@ -185,6 +186,10 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "unmarked")
         raise ValueError(f"{path} is no {FORMAT} file but {found}; use an adapter that this version trained")
+    try:
+        bands = Bands.from_json(metadata["bands"]) if "bands" in metadata else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; fetch it again, or train anew") from error
     config = json.loads(metadata["config"])
     precision = precision or metadata["precision"]
     check_precision("precision", precision)
@@ -197,7 +202,7 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
     check_agreement(f"adapter {path}", metadata, identity, way_out)
     segmenter.load_trainable_state(state)
     classes = dict(zip(names, colors, strict=True))
-    return Adapter(segmenter.eval(), parts["resize"], classes, precision, metadata)
+    return Adapter(segmenter.eval(), parts["resize"], classes, precision, metadata, bands)
 
 
 def _trusted(path: Path, section: str, config: Config) -> Config:

@@ -37,6 +37,7 @@ def announce(config: Any, parts: Parts, folder: Path, trainer: Trainer | None) -
     lines = {
         "data": describe_images(data, *data.splits),
         "also tested on": "; ".join(describe_images(test, "test") for test in parts.tests[1:]),
+        "bands": describe_bands(data),
         "model": f"{backbone.name} at {backbone.image_size} px, {backbone.weights_source()}",
         "windows": backbone.padding_advice(),
         "parameters": f"{weights:,} trainable of {count(parts.outline):,}",
@@ -80,6 +81,18 @@ def describe_images(data: SegmentationDataModule, *splits: Split) -> str:
     except (OSError, ValueError) as error:
         return f"not there yet: {error}"
     return f"{data.name}: {counts} images; classes {', '.join(data.class_names)}"
+
+
+def describe_bands(data: SegmentationDataModule) -> str | None:
+    """Return which bands are read and how they are scaled, as far as it is known; None of plain images."""
+    if data.bands is not None:
+        return str(data.bands)
+    if data.loading.channels is None:
+        return None
+    channels, (low, high) = ", ".join(map(str, data.loading.channels)), data.loading.percentiles
+    return (
+        f"{channels} as red, green and blue, between the percentiles {low} and {high} of the training images"
+    )
 
 
 def describe_schedule(data: SegmentationDataModule, trainer: Config, devices: int, batch_size: int) -> str:

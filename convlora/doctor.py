@@ -98,6 +98,11 @@ def check_files(parts: Parts) -> list[str]:
         except (OSError, ValueError) as error:
             lines[data.name] = "not there"
             problems.append(str(error))
+    if parts.data.loading.channels is not None and lines[parts.data.name] != "not there":
+        try:
+            lines["bands"] = str(parts.data.measure_bands())
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
     print_lines(lines)
     return problems
 

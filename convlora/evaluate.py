@@ -21,6 +21,8 @@ from convlora.segmenter import Segmenter
 from convlora.task import SegmentationTask
 from convlora.tiles import check_tile, choose_tiling
 
+IDLE = ("resize", "augment", "shots", "cache", "seed", "channels", "percentiles")  # of `loading`
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -57,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> None:
         "augment",
         "resize",
         "trainer.precision",
-        *(f"loading.{key}" for key in ("resize", "augment", "shots", "cache", "seed")),
+        *(f"loading.{key}" for key in IDLE),
     )
     trained = adapter.read(config.checkpoint, config.model["weights"], config.precision)
     segmenter, resize, settings, tiling = trained.segmenter, trained.resize, config.loading, None
@@ -73,8 +75,10 @@ def evaluate(config: EvaluateConfig) -> None:
     tests = [data, *make_test_sets(config.test_sets, "evaluate", data)]
     for test in tests:  # a missing set should not come out after the others
         test.setup("test")
+        test.use_bands(trained.bands, "test")
     if config.tile is not None:
-        check_tile(config.tile, ((pair.image, image_size(pair.image)) for pair in data.listed("test")))
+        images = [pair.image for pair in data.listed("test")]
+        check_tile(config.tile, ((image, image_size(image, trained.bands)) for image in images))
     check_classes(config.checkpoint, list(trained.class_colors), data)
     table, output = run.ScoreTable(), Path(config.output)
     callbacks = [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
@@ -95,16 +99,16 @@ def evaluate(config: EvaluateConfig) -> None:
         results = test_each(trainer, task, tests, output)
     if not trainer.is_global_zero:
         return
-    images = {test.name: {"images": len(test.listed("test"))} for test in tests}
+    counts = {test.name: {"images": len(test.listed("test"))} for test in tests}
     record: dict[str, Any] = {
         "checkpoint": config.checkpoint,
         "dataset": data.name,
         "precision": str(trainer.precision),
         "tile": None if tiling is None else tiling.side,
-        **images[data.name],
+        **counts[data.name],
         **results[data.name],
     }
-    record["test_sets"] = {test.name: images[test.name] | results[test.name] for test in tests[1:]}
+    record["test_sets"] = {test.name: counts[test.name] | results[test.name] for test in tests[1:]}
     run.write_json(output / "scores.json", record)
     console = Console(highlight=False, soft_wrap=True)
     if tiling is not None:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import albumentations as A
 import numpy as np
@@ -21,6 +21,7 @@ from convlora.segmenter import Segmenter, restore_size, to_prediction
 from convlora.tiles import Grid, Tiling
 
 Pixels = NDArray[np.uint8]
+One = str | Path | Image.Image | NDArray[Any]
 
 
 class Found(NamedTuple):
@@ -43,7 +44,7 @@ class Predictor:
         resize: with which it was trained.
         class_colors: name -> RGB colour of each class, in the order of their ids.
         context: makes the context of the precision in which it computes.
-        bands: of the images trained on; None for plain RGB.
+        bands: how image files are read; None reads plain images.
         median_side: of the longer sides of the images trained on, px; None where it is not known.
 
     Attributes:
@@ -64,32 +65,73 @@ class Predictor:
         self.class_colors = class_colors
         self.context = context
         self.bands = bands
+<<<<<<< HEAD
         self.median_side = median_side
+=======
+>>>>>>> bands
         self.transform: A.Compose = eval_transform(resize)
 
-    def predict(self, image: str | Path | Image.Image | Pixels) -> Found:
-        """Segment one image.
+    @overload
+    def predict(self, images: str | Path | Image.Image, batch_size: int = 4) -> Found: ...
+    @overload
+    def predict(self, images: list[One] | tuple[One, ...], batch_size: int = 4) -> list[Found]: ...
+    @overload
+    def predict(self, images: NDArray[Any], batch_size: int = 4) -> Any: ...
+
+    def predict(self, images: Any, batch_size: int = 4) -> Any:
+        """Segment an image or several.
 
         Args:
-            image: a file, a Pillow image, or RGB pixels [h, w, 3] uint8.
+            images: a file, a Pillow image, or RGB pixels [h, w, 3] uint8; or a list of such, of any sizes; or
+                pixels [n, h, w, 3]. Where `bands` are read, pixels are what a file holds: [h, w, bands] of
+                its type.
+            batch_size: how many are read and segmented at a time.
 
         Returns:
-            The prediction at the image's own size.
+            The prediction at the image's own size; of several a list of them.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file cannot be decoded, or the pixels are no RGB image.
+            ValueError: a file cannot be decoded, the pixels are no RGB image, or what `Bands.check` refuses.
         """
+        if isinstance(images, str | Path | Image.Image) or (
+            isinstance(images, np.ndarray) and images.ndim != 4
+        ):
+            return self._segment([images])[0]
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        left: Iterator[One] = iter(images)
+        found: list[Found] = []
+        while batch := list(islice(left, batch_size)):
+            found += self._segment(batch)
+        return found
+
+    def _segment(self, images: Sequence[One]) -> list[Found]:
+        pixels = [self.read(image) for image in images]
+        return self.segment([self.prepare(each) for each in pixels], [each.shape[:2] for each in pixels])
+
+    def read(self, image: One) -> Pixels:
+        """Return an image as RGB pixels [h, w, 3]; arguments and errors as of `predict`."""
         if isinstance(image, str | Path):
-            pixels = read_image(Path(image))
-        else:
-            pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+            return read_image(Path(image), self.bands)
+        if isinstance(image, Image.Image) and self.bands is None:
+            image = image.convert("RGB")
+        pixels = np.asarray(image)
+        if self.bands is not None:
+            if pixels.ndim != 3:
+                raise ValueError(
+                    f"the image is {list(pixels.shape)}, but pixels are [h, w, bands]; reshape it"
+                )
+            count = pixels.shape[2]
+            self.bands.check(count, [str(pixels.dtype)] * count, "the image")
+            chosen = [number - 1 for number in self.bands.channels]
+            return self.bands.to_rgb(pixels[..., chosen].transpose(2, 0, 1))
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise ValueError(
                 f"the image is {pixels.dtype} {list(pixels.shape)}, but pixels are uint8 [h, w, 3], RGB; "
                 "convert it, or give a file"
             )
-        return self.segment([self.prepare(pixels)], [(pixels.shape[0], pixels.shape[1])])[0]
+        return pixels
 
     def tiled(self, tiling: Tiling, batch_size: int = 4) -> "Predictor":
         """Return a predictor on the same model that cuts images into windows, for large photographs.

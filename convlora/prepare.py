@@ -15,6 +15,7 @@ from rich.table import Table
 from convlora import draw
 from convlora.build import make_test_sets
 from convlora.cli import command
+from convlora.data.bands import measure
 from convlora.data.check import Facts, Finding, Place, examine, judge, list_places, summarise
 from convlora.data.module import Pair, SegmentationDataModule
 from convlora.fetch import fetch, unpack
@@ -35,6 +36,7 @@ class PrepareConfig:
     data_root: str
     output: str
     test_sets: list[str]
+    loading: Config
     loss: Config
     metrics: Config
     model: Config | None = None
@@ -49,7 +51,10 @@ def prepare(config: PrepareConfig) -> None:
     """
     settings = config.dataset  # all of it is got and checked, whatever part a training would take
     whole = {"test_subsets": settings["subsets"]} if settings.get("test_subsets") else {}
-    data: SegmentationDataModule = make("dataset", settings, ["test_subsets"], **whole)
+    for key in config.loading.keys() - {"_target_", "channels", "percentiles"}:
+        raise ValueError(f"loading.{key} has no effect here, where images are read as they are; leave it out")
+    loading = make("loading", config.loading)
+    data: SegmentationDataModule = make("dataset", settings, ["test_subsets"], loading=loading, **whole)
     if config.action == "download":
         download(data)
     elif config.action == "check":
@@ -125,6 +130,12 @@ def check(sets: Sequence[SegmentationDataModule], output: Path) -> bool:
     listed, findings = list_places(sets)
     if not listed:
         raise FileNotFoundError(findings[0].message)
+    channels, percentiles = first.loading.channels, first.loading.percentiles
+    if channels is not None:
+        images = [pair.image for pair in listed[0][1]]
+        bands = measure(images, channels, percentiles, strict=False)
+        for data in sets:
+            data.use_bands(bands)
     output.mkdir(parents=True, exist_ok=True)
     total = sum(len(pairs) for _, pairs in listed)
     found = list(track(examine(listed), "check", total, console=console))

@@ -59,7 +59,9 @@ FREE = (
     "trainer.log_every_n_steps",
 )
 # Settings that came later, and what held where the record of a run does not name them
-LATER = {
+LATER: dict[str, Any] = {
+    "loading.channels": None,
+    "loading.percentiles": [2, 98],
     "model.decoder_eps": 1e-5,
     "peft.b_rate": 1.0,
     "peft.gate.sees": "mean",

@@ -56,12 +56,13 @@ def is_scene(path: Path, tiles: bool | None) -> bool:
         tiles: true takes every TIFF, false none, None those with a coordinate reference system.
 
     Raises:
-        ImportError: it is one, and rasterio is not installed.
+        ValueError: it may be one, and rasterio is not installed.
     """
     if tiles is False or path.suffix.lower() not in TIFF:
         return False
     if tiles is None and not _has_place(path):
         return False
+    load_rasterio()
     try:
         with open_raster(path) as source:
             return tiles is True or source.crs is not None
@@ -129,7 +130,7 @@ def read_window(source: Any, path: Path, bands: Bands | None, window: Any) -> Pi
         ValueError: it is not of the kind that was trained on.
     """
     if bands is not None:
-        bands.check(source, path)
+        bands.check(source.count, source.dtypes, path)
         return bands.to_rgb(take(source, bands.channels, window=window))
     kinds = [kind.name for kind in source.colorinterp]
     colours = len(kinds) - (kinds[-1] == "alpha")

@@ -84,6 +84,10 @@ def train(config: TrainConfig) -> float | None:
     parts.data.setup("fit")
     for test in parts.tests:  # a missing test set should not come out after the training
         test.setup("test")
+    bands = parts.data.measure_bands()
+    parts.data.use_bands(bands, "train", "val")
+    for test in parts.tests:  # nor an image of another kind
+        test.use_bands(bands, "test")
     table = run.ScoreTable()
     callbacks: list[Callback] = [*parts.callbacks.values(), RunCheckpoint("last"), StayStopped()]
     callbacks += [table, Overlays(table), Vitals(), make_progress(config.trainer["enable_progress_bar"])]
@@ -151,13 +155,15 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
     settings = asdict(config) | {"run_dir": str(folder), "resume": None}
     del settings["sweep_dir"]  # of a sweep, not of its runs
     colors = colors_of(data.class_names, data.class_colors)
-    metadata = adapter.describe(settings, colors, identity, str(trainer.precision), data.median_side())
+    precision, side, bands = str(trainer.precision), data.median_side(), data.bands
+    metadata = adapter.describe(settings, colors, identity, precision, side, bands)
     facts = {
         **identity,
         "training images": data.content("train"),
         "validation images": data.content("val"),
         "devices": devices_of(trainer),
-        "precision": str(trainer.precision),
+        "precision": precision,
+        **({} if bands is None else {"bands": bands.to_json()}),
     }
     task = SegmentationTask(
         segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed

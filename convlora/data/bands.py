@@ -1,6 +1,7 @@
 """Images of more than three bands or eight bits, as satellites make them: three bands become an RGB image."""
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ class Bands:
             told = json.loads(text)
             channels = tuple(told["channels"])
             ranges = tuple((float(low), float(high)) for low, high in told["ranges"])
-            return cls(channels, str(told["dtype"]), ranges)  # type: ignore[arg-type]
+            return cls(channels, str(told["dtype"]), ranges)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"bands {text} cannot be understood ({error})") from error
 
@@ -75,27 +76,27 @@ class Bands:
             ValueError: the file cannot be decoded, or what `check` refuses.
         """
         with open_raster(path) as dataset:
-            self.check(dataset, path)
+            self.check(dataset.count, dataset.dtypes, path)
             return self.to_rgb(take(dataset, self.channels))
 
     def size(self, path: Path) -> tuple[int, int]:
         """Return width and height of a file, px, from its head alone; raises what `read` does."""
         with open_raster(path) as dataset:
-            self.check(dataset, path)
+            self.check(dataset.count, dataset.dtypes, path)
             return dataset.width, dataset.height
 
-    def check(self, dataset: Any, path: Path) -> None:
-        """Refuse a file that is not of the kind that was trained on.
+    def check(self, count: int, dtypes: Sequence[str], path: Path | str) -> None:
+        """Refuse an image that is not of the kind that was trained on.
 
         Args:
-            dataset: the file, opened by rasterio.
-            path: of the file, for messages.
+            count: of its bands.
+            dtypes: the type of values of each of them.
+            path: of the image, for messages.
 
         Raises:
             ValueError: it has too few bands, or values of another type.
         """
-        check_count(self.channels, dataset.count, path)
-        found = dtype_of(dataset, self.channels, path)
+        found = dtype_of(self.channels, count, dtypes, path)
         if found != self.dtype:
             raise ValueError(
                 f"{path} holds {found} values, but bands {self} are what is trained on; give files of "
@@ -107,11 +108,12 @@ class Bands:
 
         Values beyond the range become 0 or 255; those that are masked or not finite become 0.
         """
+        masked: Any = np.ma  # which has no types
         pixels = np.empty((*values.shape[1:], 3), np.uint8)
         for index, (low, high) in enumerate(self.ranges):
             # in double precision, so that 8 bits come out as they went in and great offsets lose nothing
-            scaled = (np.ma.getdata(values[index]).astype(np.float64) - low) * (255 / (high - low))
-            valid = np.isfinite(scaled) & ~np.ma.getmaskarray(values[index])
+            scaled = (masked.getdata(values[index]).astype(np.float64) - low) / (high - low) * 255
+            valid = np.isfinite(scaled) & ~masked.getmaskarray(values[index])
             pixels[..., index] = np.rint(np.clip(np.where(valid, scaled, 0), 0, 255))
         return pixels
 
@@ -144,8 +146,7 @@ def measure(
     for path in (images[index] for index in spread):
         try:
             with open_raster(path) as dataset:
-                check_count(channels, dataset.count, path)
-                found = dtype_of(dataset, channels, path)
+                found = dtype_of(channels, dataset.count, dataset.dtypes, path)
                 if dtype not in ("", found):
                     raise ValueError(
                         f"{path} holds {found} values, but {images[0]} {dtype}; export all in one type"
@@ -176,21 +177,21 @@ def measure(
 def _range(values: NDArray[Any], number: int, percentiles: Sequence[float]) -> tuple[float, float]:
     if not len(values):
         raise ValueError(
-            f"band {number} of the training images has no valid pixel; choose another band in loading.channels"
+            f"band {number} of the training images has no valid pixel; choose another in loading.channels"
         )
     low, high = (float(value) for value in np.percentile(values.astype(np.float64), percentiles))
     if low == high:
         raise ValueError(
-            f"band {number} of the training images is {low:g} at the percentiles {_listed(percentiles)}, which "
-            "leaves no range; widen loading.percentiles, or choose another band in loading.channels"
+            f"band {number} of the training images is {low:g} at both percentiles {_listed(percentiles)}, so "
+            "that it has no range; widen loading.percentiles, or choose another band in loading.channels"
         )
     return low, high
 
 
 def take(dataset: Any, channels: Sequence[int], pixels: int | None = None, window: Any = None) -> Any:
-    """Read bands of an open file as a masked array [channels, h, w].
+    """Read bands of an open file [channels, h, w].
 
-    Masked is what the file declares to be no data. A band of transparency masks nothing: software calls the
+    What the file declares to be no data is masked. A band of transparency masks nothing: software calls the
     fourth band so whatever it holds.
 
     Args:
@@ -207,8 +208,7 @@ def take(dataset: Any, channels: Sequence[int], pixels: int | None = None, windo
         step = math.sqrt(dataset.width * dataset.height / pixels)
         shape = (len(channels), max(1, int(dataset.height / step)), max(1, int(dataset.width / step)))
     flags = {flag.name for number in channels for flag in dataset.mask_flag_enums[number - 1]}
-    values = dataset.read(list(channels), window=window, out_shape=shape, masked="alpha" not in flags)
-    return np.ma.asarray(values)
+    return dataset.read(list(channels), window=window, out_shape=shape, masked="alpha" not in flags)
 
 
 @contextmanager
@@ -227,12 +227,23 @@ def open_raster(path: Path) -> Iterator[Any]:
             yield dataset
     except rasterio.errors.RasterioError as error:
         raise ValueError(
-            f"{path}: cannot be decoded ({error}); fetch or export the file again, or leave it out of the split"
+            f"{path}: cannot be decoded ({error}); fetch or export the file again, or leave it out of "
+            "the split"
         ) from error
 
 
 def describe(path: Path) -> tuple[int, str] | None:
-    """Return number of bands and type of values of a file, as far as rasterio is there and can read it."""
+    """Return number of bands and type of values of a file; None where rasterio cannot read it, or is missing.
+
+    Raises:
+        ValueError: rasterio is missing, and the file's name says that it might read it.
+    """
+    try:
+        load_rasterio()
+    except ValueError as error:
+        if path.suffix.lower() not in (".tif", ".tiff"):
+            return None
+        raise ValueError(f"{path}: cannot be decoded as a plain image; {error}") from error
     try:
         with open_raster(path) as dataset:
             return dataset.count, dataset.dtypes[0]
@@ -254,6 +265,7 @@ def load_rasterio() -> Any:
             "the package rasterio, which reads images of bands, is missing; install it by "
             "pip install 'convlora[geo]'"
         ) from error
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # its errors are raised
     # photographs and tiles without a place on earth are images too
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
     return rasterio
@@ -278,23 +290,25 @@ def check_percentiles(percentiles: Sequence[float]) -> None:
         )
 
 
-def check_count(channels: Sequence[int], count: int, path: Path) -> None:
-    """Refuse a file that lacks one of the bands; raises ValueError."""
+def dtype_of(channels: Sequence[int], count: int, dtypes: Sequence[str], path: Path | str) -> str:
+    """Return the type of the values of an image's channels.
+
+    Args:
+        channels: numbers of the bands, from 1.
+        count: of the image's bands.
+        dtypes: the type of values of each of them.
+        path: of the image, for messages.
+
+    Raises:
+        ValueError: it lacks one of the channels, or their values are complex or not of one type.
+    """
     if max(channels) > count:
         bands = "one band" if count == 1 else f"{count} bands"
         raise ValueError(
-            f"{path} has {bands}, but channels {_listed(channels)} ask for band {max(channels)}, counted from "
-            "1; give images that have it, or train with other loading.channels"
+            f"{path} has {bands}, but channels {_listed(channels)} ask for band {max(channels)}, counted "
+            "from 1; give images that have it, or train with other loading.channels"
         )
-
-
-def dtype_of(dataset: Any, channels: Sequence[int], path: Path) -> str:
-    """Return the type of the values of the channels of an open file.
-
-    Raises:
-        ValueError: they are not of one type, or complex.
-    """
-    kinds = sorted({str(dataset.dtypes[number - 1]) for number in channels})
+    kinds = sorted({str(dtypes[number - 1]) for number in channels})
     if len(kinds) > 1 or "complex" in kinds[0]:
         raise ValueError(
             f"{path}: its channels {_listed(channels)} hold {' and '.join(kinds)} values, but they are real "

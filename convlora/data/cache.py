@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from convlora.data.bands import Bands
 from convlora.data.masks import Masks
 from convlora.data.samples import Pair, Read
 from convlora.data.transforms import Resize
@@ -34,13 +35,22 @@ class CachedRead:
         resize: to the network's input.
         cache: `ram`, or a folder.
         masks: how `read` takes mask files.
+        bands: how it takes image files.
 
     Raises:
         OSError: there is no room, or the folder cannot be written.
         ValueError: `cache` is empty.
     """
 
-    def __init__(self, pairs: Sequence[Pair], read: Read, resize: Resize, cache: str, masks: Masks):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        read: Read,
+        resize: Resize,
+        cache: str,
+        masks: Masks,
+        bands: Bands | None = None,
+    ):
         if not cache:
             raise ValueError("loading.cache is empty; set it to ram, to a folder, or to null")
         self.read = read
@@ -56,7 +66,7 @@ class CachedRead:
             self._open()
             return
         folder = Path(cache).expanduser()
-        self.file = folder / f"{_fingerprint(pairs, resize, masks)}.images"
+        self.file = folder / f"{_fingerprint(pairs, resize, masks, bands)}.images"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.file.exists() or self.file.stat().st_size != self.bytes:
@@ -127,12 +137,13 @@ def reserve(path: Path, size: int) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def _fingerprint(pairs: Sequence[Pair], resize: Resize, masks: Masks) -> str:
+def _fingerprint(pairs: Sequence[Pair], resize: Resize, masks: Masks, bands: Bands | None) -> str:
     """Name what the store's content follows from: changed files or settings get a store of their own."""
     files = [
         (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
         for pair in pairs
         for path in (pair.image, pair.mask)
     ]
-    content = json.dumps([FORMAT, repr(resize), repr(masks), files])
+    taken = [] if bands is None else [bands.to_json()]
+    content = json.dumps([FORMAT, repr(resize), repr(masks), *taken, files])
     return hashlib.sha256(content.encode()).hexdigest()[:32]

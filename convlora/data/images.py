@@ -9,54 +9,68 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from convlora.data.bands import Bands
+from convlora.data.bands import Bands, describe
 
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
+# Tags of TIFF, and the values of the first that mean alpha
+EXTRA_SAMPLES, SAMPLES_PER_PIXEL, ALPHA = 338, 277, {1, 2}
 _COLOUR_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
-def read_image(path: Path, bands: "Bands | None" = None) -> NDArray[np.uint8]:
-    """Read an image upright as RGB [h, w, 3].
+def read_image(path: Path, bands: Bands | None = None) -> NDArray[np.uint8]:
+    """Read an image as RGB [h, w, 3].
 
-    Grey is replicated, alpha is dropped, 16 bits keep their high byte.
+    Args:
+        path: of the file.
+        bands: which of its bands are read, and how they are scaled. None reads a plain image upright: grey is
+            replicated, alpha is dropped, 16 bits keep their high byte.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be decoded, or its pixels have no 8-bit or 16-bit range.
+        ValueError: the file cannot be decoded, or its pixels have no 8-bit or 16-bit range; or what
+            `Bands.check` refuses.
     """
     if bands is not None:
         return bands.read(path)
-    image = open_image(path)
+    image, count = _decode(path, lambda image: (ImageOps.exif_transpose(image), _unlabelled(image)))
+    if count:
+        raise ValueError(_several_bands(path, count, "8- or 16-bit"))
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(
                 f"{path}: pixels from {values.min()} to {values.max()}, but an image has 8 or 16 bits a "
-                "channel; scale it to 0..255 and save it again"
+                f"channel; scale it to 0..255 and save it again, or {_way_out(1)}"
             )
         high_byte = (values >> 8).astype(np.uint8)  # what Pillow itself does to 16-bit RGB
         return np.repeat(high_byte[..., None], 3, axis=2)
     if image.mode not in _COLOUR_MODES:
         raise ValueError(
             f"{path}: pixels of Pillow's mode {image.mode}, but an image has 8 or 16 bits a channel; "
-            "scale it to 0..255 and save it as RGB"
+            f"scale it to 0..255 and save it as RGB, or {_way_out(1)}"
         )
     return np.array(image.convert("RGB"))
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, bands: Bands | None = None) -> tuple[int, int]:
     """Return width and height of an image file as it is stored, px, from its head alone.
+
+    Args:
+        path: of the file.
+        bands: those that will be read of it, which the file must have; None of a plain image.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be decoded.
+        ValueError: the file cannot be decoded, or what `Bands.check` refuses.
     """
+    if bands is not None:
+        return bands.size(path)
     return _decode(path, lambda image: image.size)
 
 
@@ -79,10 +93,33 @@ def _decode(path: Path, take: Callable[[Image.Image], T]) -> T:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error}; cut the image into tiles") from error
     except _DECODER_ERRORS as error:
+        found = describe(path) if isinstance(error, UnidentifiedImageError) else None
+        if found is not None:
+            raise ValueError(_several_bands(path, *found)) from error
         raise ValueError(
             f"{path}: cannot be decoded ({error}); fetch or export the file again, or leave it out of "
             "the split"
         ) from error
+
+
+def _unlabelled(image: Image.Image) -> int:
+    """Return the number of bands of a TIFF of which one is neither grey nor colour nor alpha, else 0."""
+    tags = getattr(image, "tag_v2", {})
+    extra = tags.get(EXTRA_SAMPLES, ())
+    return int(tags.get(SAMPLES_PER_PIXEL, 0)) if set(extra) - ALPHA else 0
+
+
+def _several_bands(path: Path, count: int, dtype: str) -> str:
+    return (
+        f"{path} has {count} band{'s' * (count > 1)} of {dtype} values, but a plain image is grey or RGB of "
+        f"8 or 16 bits; {_way_out(count)}"
+    )
+
+
+def _way_out(count: int) -> str:
+    """Return how a file of so many bands, or of values of another type, can be read."""
+    channels = "4,3,2" if count > 3 else "1,2,3" if count == 3 else "1,1,1"
+    return f"train with loading.channels=[{channels}], which chooses bands as red, green and blue, from 1 on"
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:

@@ -18,6 +18,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from convlora.data.bands import Bands, measure
 from convlora.data.cache import CachedRead
 from convlora.data.images import image_size
 from convlora.data.loading import Loading
@@ -84,6 +85,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         loading: how its images are read and batched.
         start_epoch: the first that is trained; of a resumed run the one after its checkpoint. Set before the
             training, since loader processes fetch the first batches before Lightning names the epoch.
+        bands: which bands of the image files are read, and how they are scaled; None reads plain images.
     """
 
     name: str
@@ -96,6 +98,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
     source: Source = field(default_factory=Source)
     loading: Loading = field(default_factory=Loading)
     start_epoch: int = field(default=0, init=False)
+    bands: Bands | None = field(default=None, init=False)
 
     drawn: ClassVar[bool] = False
     """Whether images are drawn from numbers, so that no file is read."""
@@ -132,11 +135,33 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
     def read(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Load image [h, w, 3] and class ids [h, w]; raises what `read_pair` does."""
-        return read_pair(pair, self.masks)
+        return read_pair(pair, self.masks, self.bands)
+
+    def measure_bands(self) -> Bands | None:
+        """Return the bands that `loading` names, with their range over the training images.
+
+        None is for plain images. Raises what `setup` and `measure` do.
+        """
+        if self.loading.channels is None:
+            return None
+        images = [pair.image for pair in self.listed("train")]
+        return measure(images, self.loading.channels, self.loading.percentiles)
+
+    def use_bands(self, bands: Bands | None, *splits: Split) -> None:
+        """Read images by these bands from now on, after a look at the heads of all images of the splits.
+
+        Raises:
+            ValueError: an image has not these bands, or values of another type.
+        """
+        self.bands = bands
+        if bands is not None:
+            for pair in (pair for split in splits for pair in self.listed(split)):
+                bands.size(pair.image)
 
     def median_side(self) -> int:
         """Return the median of the training images' longer sides, px; raises what `setup` and `read` do."""
-        return int(np.median([max(image_size(pair.image)) for pair in self.listed("train")]))
+        sides = [max(image_size(pair.image, self.bands)) for pair in self.listed("train")]
+        return int(np.median(sides))
 
     def content(self, split: Split) -> str:
         """Return what tells the files of a split from others: their number, names, sizes and ends, hashed."""
@@ -166,7 +191,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         pairs, names = self.listed("train"), self.names("train")
         resize, cache, read = self.loading.resize, self.loading.cache, self.read
         if cache is not None:
-            read = CachedRead(pairs, self.read, resize, cache, self.masks)
+            read = CachedRead(pairs, self.read, resize, cache, self.masks, self.bands)
         samples = TrainSamples(pairs, names, resize, self.loading.augment, read)
         sampler = EpochSampler(len(samples), self.loading.seed, *self._rank())
         sampler.set_epoch(self.start_epoch)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from convlora.data.bands import Bands
 from convlora.data.images import read_image
 from convlora.data.masks import Masks
 from convlora.data.transforms import Resize, eval_transform
@@ -156,13 +157,20 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(torch.stack(images), list(masks), list(contents), list(names))
 
 
-def read_pair(pair: Pair, masks: Masks) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def read_pair(
+    pair: Pair, masks: Masks, bands: Bands | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Load image [h, w, 3] and class ids [h, w].
+
+    Args:
+        pair: the files.
+        masks: how mask files are taken.
+        bands: see `read_image`.
 
     Raises:
         ValueError: a file is unusable (see `read_image`, `Masks`) or their sizes differ.
     """
-    image, mask = read_image(pair.image), masks.read(pair.mask)
+    image, mask = read_image(pair.image, bands), masks.read(pair.mask)
     if image.shape[:2] != mask.shape:
         raise ValueError(
             f"{pair.image} is {image.shape[1]} x {image.shape[0]} but its mask {pair.mask} is "

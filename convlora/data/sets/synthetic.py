@@ -55,6 +55,11 @@ class Synthetic(SegmentationDataModule):
                 f"{self.name}: loading.cache={self.loading.cache} is for files, but scenes are drawn; "
                 "set ram or null"
             )
+        if self.loading.channels is not None:
+            raise ValueError(
+                f"{self.name}: loading.channels={list(self.loading.channels)} is for files, but scenes are "
+                "drawn in RGB; leave it out"
+            )
 
     def pairs(self, split: Split) -> list[Pair]:
         """Name the scenes of a split by paths at which no file lies."""
