@@ -1,13 +1,14 @@
 """Prediction on a folder against the model alone: `python -m benchmarks.folder`.
 
-500 images of 512 x 512 as JPEG, MobileSAM with random weights. `model` is the same model on inputs that are in
-memory, batch by batch, nothing read, restored or written; `predict` is all that `convlora.predict` does from
-files to files. Both in one process in turn, after a first that does not count.
+500 images of 512 x 512 as JPEG, MobileSAM with random weights. `model` is the same model on inputs that are
+in memory, batch by batch, nothing read, restored or written; `predict` is all that `convlora.predict` does
+from files to files. Both in one process in turn, after a first that does not count.
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,6 +37,34 @@ def make_images(folder: Path, count: int) -> list[Item]:
     return [Item(folder / f"{index}.jpg", str(index), False, [""]) for index in range(count)]
 
 
+def make_calls(
+    model: str, side: int, items: list[Item], folder: Path, device: str
+) -> dict[str, Callable[[], None]]:
+    """Return the model alone on as many inputs as there are images, and the whole prediction."""
+    torch.manual_seed(0)
+    segmenter = (
+        Segmenter(backbone(Setting(model, side, BATCH)).build(), METHODS["conv_lora"]).eval().to(device)
+    )
+    predictor = Predictor(segmenter, SquareResize(side), {"thing": [255, 0, 0]}, nullcontext)
+    inputs = torch.randn(BATCH, 3, side, side, device=device)
+
+    def alone() -> None:
+        with torch.inference_mode():
+            for _ in range(len(items) // BATCH):
+                segmenter(inputs)
+
+    def whole() -> None:
+        fresh = str(folder / f"{time.monotonic_ns()}")
+        config = PredictConfig(
+            checkpoint="", input="", output=fresh, probabilities=False, overlays=False, routing=False,
+            polygons=False, overwrite=False, tiles=None, tile=None, overlap=0.25, batch_size=BATCH,
+            num_workers=2, device=device, devices=1, precision=None, model={},
+        )  # fmt: skip
+        predict_photos(predictor, items, config, "benchmark", lambda steps: steps)
+
+    return {"model": alone, "predict": whole}
+
+
 def main() -> None:
     """Measure, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -45,38 +74,19 @@ def main() -> None:
     options = parser.parse_args()
     warm_heap()
     rows = []
-    for model, side in SETTINGS:
-        torch.manual_seed(0)
-        segmenter = Segmenter(backbone(Setting(model, side, BATCH)).build(), METHODS["conv_lora"]).eval()
-        predictor = Predictor(
-            segmenter.to(options.device), SquareResize(side), {"thing": [255, 0, 0]}, nullcontext
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            items = make_images(Path(folder), options.images)
-            inputs = torch.randn(BATCH, 3, side, side, device=options.device)
-
-            def alone() -> None:
-                with torch.inference_mode():
-                    for _ in range(options.images // BATCH):
-                        segmenter(inputs)
-
-            def whole() -> None:
-                config = PredictConfig(
-                    "", "", f"{folder}/{time.monotonic_ns()}", False, False, False, False, False, None, None,
-                    0.25, BATCH, 2, options.device, 1, None, {},
-                )  # fmt: skip
-                predict_photos(predictor, items, config, "benchmark", lambda steps: steps)
-
-            taken = alternate({"model": alone, "predict": whole}, options.rounds, options.device)
-        rate = options.images / min(taken["predict"])
-        rows.append(
-            {
-                "model": model,
-                "px": side,
-                "images/s": rate,
-                "of the model's own": 1 / ratio(taken, "predict", "model"),
-            }
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        items = make_images(Path(folder), options.images)
+        for model, side in SETTINGS:
+            calls = make_calls(model, side, items, Path(folder), options.device)
+            taken = alternate(calls, options.rounds, options.device)
+            rows.append(
+                {
+                    "model": model,
+                    "px": side,
+                    "images/s": options.images / min(taken["predict"]),
+                    "of the model's own": ratio(taken, "model", "predict"),
+                }
+            )
     report("folder", f"prediction on {options.images} images of {SIDE} px", rows, options.device)
 
 

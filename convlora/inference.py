@@ -65,10 +65,7 @@ class Predictor:
         self.class_colors = class_colors
         self.context = context
         self.bands = bands
-<<<<<<< HEAD
         self.median_side = median_side
-=======
->>>>>>> bands
         self.transform: A.Compose = eval_transform(resize)
 
     @overload

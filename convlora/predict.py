@@ -28,10 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from convlora import adapter, draw, run
 from convlora.cli import command, refuse_idle
+from convlora.data.bands import Bands
 from convlora.data.images import image_size, read_image
 from convlora.inference import Found, Predictor
 from convlora.routing import locate, routed_layers
-from convlora.scenes import Writing, check_place, is_scene, segment_scene, write_polygons
+from convlora.scenes import Writing, check_place, is_scene, scene_size, segment_scene, write_polygons
 from convlora.schema import Config
 from convlora.tiles import check_tile, choose_tiling
 from convlora.writing import Item, as_mask, as_overlay, find_images, left_to_do, save
@@ -150,9 +151,10 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
         return
     if scene is None and not config.tiles:
         raise ValueError(f"tile={config.tile} has no effect, since no image is cut; add tiles=true")
+    cut = (item for item in items if item.is_scene or config.tiles)
     check_tile(
         config.tile,
-        ((item.path, image_size(item.path)) for item in items if item.is_scene or config.tiles),
+        ((item.path, (scene_size if item.is_scene else image_size)(item.path)) for item in cut),
     )
 
 
@@ -265,7 +267,7 @@ def predict_photos(
                     located = {name: locate(layer, index, len(good), side) for name, layer in layers.items()}
                     scales = next(iter(layers.values())).experts.scales
                     shown = predictor.resize.content(*loaded.size)
-                    picture = draw_routing(loaded.item.path, shown, located, scales)
+                    picture = draw_routing(loaded.item.path, predictor.bands, shown, located, scales)
                     save(picture, files["routing"], made_by)
                 write(write_files, loaded.item.path, files, each, predictor, made_by)
     return failures
@@ -301,11 +303,15 @@ def write_files(
 
 
 def draw_routing(
-    path: Path, shown: tuple[int, int], located: dict[str, NDArray[np.int64]], scales: Sequence[float]
+    path: Path,
+    bands: Bands | None,
+    shown: tuple[int, int],
+    located: dict[str, NDArray[np.int64]],
+    scales: Sequence[float],
 ) -> Image.Image:
     """Return the image at the network's scale with the expert that each window of each layer chose."""
     height, width = shown
-    image = cv2.resize(read_image(path), (width, height), interpolation=cv2.INTER_AREA)
+    image = cv2.resize(read_image(path, bands), (width, height), interpolation=cv2.INTER_AREA)
     picture = BytesIO()
     choices = {name: choice[:height, :width] for name, choice in located.items()}
     draw.draw_choices(image, choices, scales, picture)

@@ -79,14 +79,20 @@ def _has_place(path: Path) -> bool:
         return True
 
 
+def scene_size(path: Path) -> tuple[int, int]:
+    """Return width and height of a scene, px."""
+    with open_raster(path) as source:
+        return source.width, source.height
+
+
 def check_place(path: Path) -> None:
     """Refuse a scene whose polygons would have no place on earth; raises ValueError."""
     with open_raster(path) as source:
         lacking = "coordinate reference system" if source.crs is None else "transform from pixels to it"
         if source.crs is None or source.transform.is_identity:
             raise ValueError(
-                f"{path} has no {lacking}, so its polygons have no place on earth; leave polygons out, or give "
-                "it one: `rio edit-info --crs EPSG:32640 --transform '[1,0,300000,0,-1,2800000]' FILE`"
+                f"{path} has no {lacking}, so its polygons have no place on earth; leave polygons out, or "
+                "give it one: `rio edit-info --crs EPSG:32640 --transform '[1,0,300000,0,-1,2800000]' FILE`"
             )
 
 
@@ -231,8 +237,8 @@ class Part:
             reserve(path, size)
         except OSError as error:
             raise OSError(
-                f"{path.parent}: no room for {path.name}, {size / 2**20:.0f} MiB in which {scene} is segmented "
-                f"({error}); free some, or choose another output"
+                f"{path.parent}: no room for {path.name}, {size / 2**20:.0f} MiB in which {scene} is "
+                f"segmented ({error}); free some, or choose another output"
             ) from error
         self._note()
 
