@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -290,6 +291,11 @@ def _open(checkpoint: str | Path, weights: str | None, precision: str | None) ->
     return _File(path, metadata, state, backbone, method, head, resize, classes, precision, bands)
 
 
+@cache
+def _known_urls() -> frozenset[str | None]:
+    return frozenset(conf.get("url") for conf in settings_of("model"))
+
+
 def _trusted(path: Path, section: str, config: Config) -> Config:
     """Return a section of an adapter's config if it can do no more than build what this library offers.
 
@@ -304,8 +310,7 @@ def _trusted(path: Path, section: str, config: Config) -> Config:
         raise ValueError(f"{path} needs {target}, which this version lacks; update the library") from error
     if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != target:
         raise ValueError(f"{path} asks for {target}, which is no {section} of this library; it was not built")
-    known = {conf.get("url") for conf in settings_of("model")}
-    if config.get("url") not in known:
+    if config.get("url") is not None and config["url"] not in _known_urls():
         raise ValueError(f"{path} asks to download {config['url']}, which conf/model/ does not know")
     arguments = {}
     for key, value in config.items():
