@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
+import torch
 from hydra.utils import get_object
 from lightning import Fabric
 from safetensors import SafetensorError, safe_open
@@ -20,8 +22,12 @@ from convlora.build import (
 )
 from convlora.data.bands import Bands
 from convlora.data.transforms import Resize
+from convlora.heads import Head
 from convlora.inference import Predictor
+from convlora.peft.method import Method
 from convlora.run import BEST, in_shell
+from convlora.sam.shared import SharedSam, architecture, share_backbone
+from convlora.sam.zoo import Backbone
 from convlora.schema import Config, make
 from convlora.segmenter import Segmenter
 from convlora.task import check_agreement
@@ -29,6 +35,7 @@ from convlora.task import check_agreement
 # A key that is absent means what it meant before it existed, so that later versions add keys.
 FORMAT = "convlora-adapter-3"
 NAME = "adapter.safetensors"
+WAY_OUT = "set model.weights=PATH to the weights it was trained on"
 # What an adapter file may ask to be built: its config comes from whoever made the file.
 PACKAGES = {
     "model": "convlora.sam.",
@@ -61,8 +68,12 @@ class Adapter:
     @property
     def median_side(self) -> int | None:
         """Of the longer sides of the images trained on, px; None where it is not known."""
-        side = self.metadata.get("median_side")
-        return None if side is None else int(side)
+        return _median_side(self.metadata)
+
+
+def _median_side(metadata: Mapping[str, str]) -> int | None:
+    side = metadata.get("median_side")
+    return None if side is None else int(side)
 
 
 def describe(
@@ -105,13 +116,63 @@ def save(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     new.replace(path)
 
 
+class LoadedPredictor(Predictor):
+    """A predictor on a backbone that others may share.
+
+    Args:
+        file: what it is made of.
+        base: the backbone.
+        fabric: of the precision in which it computes.
+    """
+
+    def __init__(self, file: "_File", base: SharedSam, fabric: Fabric):
+        check_agreement(f"adapter {file.path}", file.metadata, base.identity, WAY_OUT)
+        with torch.device(base.device):
+            segmenter = Segmenter(base.take(), file.method, file.head, len(file.class_colors))
+        segmenter.take_trainable_state(file.state)
+        segmenter.to(base.device)
+        side, colors = _median_side(file.metadata), file.class_colors
+        super().__init__(segmenter.eval(), file.resize, colors, fabric.autocast, file.bands, side)
+        self.base = base
+
+    def with_adapter(self, checkpoint: str | Path, precision: str | None = None) -> "LoadedPredictor":
+        """Return a predictor of another adapter on the same backbone, which is in memory once.
+
+        This one goes on as it is. Both have their own copy of what was trained, the mask decoder above all.
+
+        Args:
+            checkpoint: a run's folder, or an adapter file.
+            precision: to compute in; None takes that of its training.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: what `read` refuses, or the adapter is of another base, image size or type of weights.
+        """
+        file = _open(checkpoint, None, precision)
+        way_out = f"open it beside this one by load({str(checkpoint)!r})"
+        check_agreement(f"adapter {file.path}", file.metadata, self.base.identity, way_out)
+        wanted, held = architecture(file.backbone), self.base.backbone
+        differing = [
+            f"model.{each.name}={getattr(wanted, each.name, None)} and not {getattr(held, each.name)}"
+            for each in fields(held)
+            if getattr(wanted, each.name, None) != getattr(held, each.name)
+        ]
+        if differing:
+            raise ValueError(
+                f"the adapter {file.path} needs {', '.join(differing)}, as the backbone in use has; {way_out}"
+            )
+        return LoadedPredictor(file, self.base, _fabric(str(self.base.device), file.precision))
+
+
 def load(
     checkpoint: str | Path,
     weights: str | None = None,
     precision: str | None = None,
     device: str = "auto",
-) -> Predictor:
+) -> LoadedPredictor:
     """Return a trained segmenter that takes images of any size: `load("RUN").predict("photo.jpg")`.
+
+    A backbone that another predictor holds on the same device is shared with it and not read again.
 
     Args:
         checkpoint: a run's folder, or an adapter file.
@@ -123,24 +184,36 @@ def load(
         FileNotFoundError: no such file.
         ValueError: what `read` refuses, or there is no such device or precision.
     """
-    adapter = read(checkpoint, weights, precision)
+    file = _open(checkpoint, weights, precision)
+    fabric = _fabric(device, file.precision)
+    say_precision(file.precision, str(fabric._precision.precision), fabric.device)
+    sha256 = file.metadata.get("base_sha256", "")
+    try:
+        base = share_backbone(file.backbone, sha256, fabric.device, weights is not None)
+        return LoadedPredictor(file, base, fabric)
+    except RuntimeError as error:  # of the device, mostly that its memory is full
+        raise _unusable(device, file.precision, error) from error
+
+
+def _fabric(device: str, precision: str) -> Fabric:
+    """Return what knows a device and a precision; raises ValueError where there is no such one."""
     kind, _, index = device.partition(":")
     try:
-        fabric = Fabric(
+        return Fabric(
             accelerator=kind,
             devices=[int(index)] if index else 1,
-            precision=adapter.precision,  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
         )
-        segmenter = adapter.segmenter.to(fabric.device)
-    except (RuntimeError, ValueError) as error:  # its first line says why: no such device, no driver
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device={device} or precision={adapter.precision} cannot be used ({reason}); use device=auto, "
-            "cpu or cuda, and precision=32-true, bf16-mixed or 16-mixed"
-        ) from error
-    say_precision(adapter.precision, str(fabric._precision.precision), fabric.device)
-    colors, context = adapter.class_colors, fabric.autocast
-    return Predictor(segmenter, adapter.resize, colors, context, adapter.bands, adapter.median_side)
+    except (RuntimeError, ValueError) as error:
+        raise _unusable(device, precision, error) from error
+
+
+def _unusable(device: str, precision: str, error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0]  # which says why: no such device, no driver
+    return ValueError(
+        f"device={device} or precision={precision} cannot be used ({reason}); use device=auto, cpu or cuda, "
+        "and precision=32-true, bf16-mixed or 16-mixed"
+    )
 
 
 def find(checkpoint: str | Path) -> Path:
@@ -170,6 +243,33 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
         ValueError: no adapter, damaged, asking for code outside the library or for an unknown download,
             or of other base weights.
     """
+    file = _open(checkpoint, weights, precision)
+    segmenter, identity = make_segmenter(file.backbone, file.method, file.head, len(file.class_colors))
+    check_agreement(f"adapter {file.path}", file.metadata, identity, WAY_OUT)
+    segmenter.load_trainable_state(file.state)
+    return Adapter(
+        segmenter.eval(), file.resize, file.class_colors, file.precision, file.metadata, file.bands
+    )
+
+
+@dataclass(frozen=True)
+class _File:
+    """What an adapter file holds, checked, before anything of it is built."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    state: dict[str, Tensor]
+    backbone: Backbone
+    method: Method
+    head: Head
+    resize: Resize
+    class_colors: dict[str, list[int]]
+    precision: str
+    bands: Bands | None
+
+
+def _open(checkpoint: str | Path, weights: str | None, precision: str | None) -> _File:
+    """Read an adapter file; raises what `read` does."""
     path = find(checkpoint)
     if path.suffix == ".ckpt":
         made = f"`python -m convlora.export {in_shell('checkpoint', path.parent)}` makes one of it"
@@ -197,12 +297,14 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
     parts = {section: make(section, _trusted(path, section, config.get(section, {}))) for section in PACKAGES}
     backbone = replace(parts["model"], **{key: value for key, value in given.items() if value is not None})
     names, colors = json.loads(metadata["class_names"]), json.loads(metadata["class_colors"])
-    segmenter, identity = make_segmenter(backbone, parts["peft"], parts["head"], len(names))
-    way_out = "set model.weights=PATH to the weights it was trained on"
-    check_agreement(f"adapter {path}", metadata, identity, way_out)
-    segmenter.load_trainable_state(state)
     classes = dict(zip(names, colors, strict=True))
-    return Adapter(segmenter.eval(), parts["resize"], classes, precision, metadata, bands)
+    method, head, resize = parts["peft"], parts["head"], parts["resize"]
+    return _File(path, metadata, state, backbone, method, head, resize, classes, precision, bands)
+
+
+@cache
+def _known_urls() -> frozenset[str | None]:
+    return frozenset(conf.get("url") for conf in settings_of("model"))
 
 
 def _trusted(path: Path, section: str, config: Config) -> Config:
@@ -219,8 +321,7 @@ def _trusted(path: Path, section: str, config: Config) -> Config:
         raise ValueError(f"{path} needs {target}, which this version lacks; update the library") from error
     if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != target:
         raise ValueError(f"{path} asks for {target}, which is no {section} of this library; it was not built")
-    known = {conf.get("url") for conf in settings_of("model")}
-    if config.get("url") not in known:
+    if config.get("url") is not None and config["url"] not in _known_urls():
         raise ValueError(f"{path} asks to download {config['url']}, which conf/model/ does not know")
     arguments = {}
     for key, value in config.items():

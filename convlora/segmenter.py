@@ -80,6 +80,18 @@ class Segmenter(nn.Module):
         self.check_trainable_state(state)
         self.load_state_dict(dict(state), strict=False)
 
+    def take_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put tensors in the place of the trained ones, which are not written to: others may hold them too.
+
+        Raises what `check_trainable_state` does.
+        """
+        self.check_trainable_state(state)
+        for name, trained in self.trainable_state().items():
+            owner, _, key = name.rpartition(".")
+            value = state[name].to(trained.device, trained.dtype)
+            # by its owner alone, so that the tables that attention makes of frozen weights stay shared
+            self.get_submodule(owner).load_state_dict({key: value}, strict=False, assign=True)
+
     def check_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Compare trained tensors with this segmenter's.
 
