@@ -18,7 +18,7 @@ from convlora.data.images import read_image
 from convlora.data.samples import to_tensor
 from convlora.data.transforms import NativeSize, Resize, eval_transform
 from convlora.segmenter import Segmenter, restore_size, to_prediction
-from convlora.tiles import Grid, Tiling
+from convlora.tiles import Grid, Tiling, choose_tiling
 
 Pixels = NDArray[np.uint8]
 One = str | Path | Image.Image | NDArray[Any]
@@ -130,14 +130,20 @@ class Predictor:
             )
         return pixels
 
-    def tiled(self, tiling: Tiling, batch_size: int = 4) -> "Predictor":
+    def tiled(self, tile: int | None = None, overlap: float = 0.25, batch_size: int = 4) -> "Predictor":
         """Return a predictor on the same model that cuts images into windows, for large photographs.
 
         Args:
-            tiling: how images are cut.
+            tile: side of a window, px; None takes the median side of the images trained on.
+            overlap: of neighbouring windows, at least, as a share of the side.
             batch_size: windows at a time.
+
+        Raises:
+            ValueError: no side is known, a number is impossible, or this one cuts images already.
         """
-        assert isinstance(self.segmenter, Segmenter), "it cuts images already"
+        if isinstance(self.segmenter, TiledSegmenter):
+            raise ValueError("this predictor cuts images already; call tiled of the one that load returned")
+        tiling = choose_tiling(tile, overlap, self.median_side, "the adapter")
         segmenter = TiledSegmenter(self.segmenter, self.resize, tiling, batch_size)
         return Predictor(
             segmenter, NativeSize(), self.class_colors, self.context, self.bands, self.median_side

@@ -213,15 +213,13 @@ def predict_share(
 
     photos = [item for item in items if not item.is_scene]
     scenes = [item for item in items if item.is_scene]
-    tiling = None
-    if scenes or config.tiles:
-        tiling = choose_tiling(config.tile, config.overlap, predictor.median_side, config.checkpoint)
     failures = []
     if photos:
-        seer = predictor if tiling is None or not config.tiles else predictor.tiled(tiling, config.batch_size)
+        settings = (config.tile, config.overlap, config.batch_size)
+        seer = predictor.tiled(*settings) if config.tiles else predictor
         failures += predict_photos(seer, photos, config, made_by, show)
     for item in scenes:
-        assert tiling is not None
+        tiling = choose_tiling(config.tile, config.overlap, predictor.median_side, config.checkpoint)
         files = item.files(Path(config.output))
         writing = Writing(made_by, config.batch_size, config.num_workers, partial(show, title=item.path.name))
         try:

@@ -105,7 +105,7 @@ def test_a_scene_keeps_its_place_its_size_and_what_it_lacks(cli: Commands, run: 
 def test_windows_from_the_disk_give_what_windows_in_memory_do(tmp_path: Path, predictor: Predictor) -> None:
     values = pixels(100, 150)
     segment(write_scene(tmp_path / "scene.tif", values), tmp_path / "mask.tif", predictor)
-    found = predictor.tiled(Tiling(48)).predict(values.transpose(1, 2, 0))
+    found = predictor.tiled(48).predict(values.transpose(1, 2, 0))
     assert np.array_equal(read(tmp_path / "mask.tif"), found.classes)
     assert np.abs(read(tmp_path / "prob.tif").astype(int) - found.prob).max() <= 1
     assert 0.01 < found.classes.mean() < 0.99
