@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -305,7 +306,7 @@ def _write_raster(
     """
     rasterio = load_rasterio()
     settings = {"GDAL_CACHEMAX": GDAL_CACHE, "GDAL_TIFF_INTERNAL_MASK": True}
-    with whole(target) as new, rasterio.Env(**settings), rasterio.open(scene) as source:
+    with whole(target) as new, _one_error(), rasterio.Env(**settings), rasterio.open(scene) as source:
         height, width, is_mask = source.height, source.width, class_colors is not None
         profile = {
             "driver": "GTiff", "dtype": "uint8", "count": 1, "height": height, "width": width,
@@ -313,25 +314,25 @@ def _write_raster(
             "blockysize": BLOCK, "compress": "deflate", "BIGTIFF": "IF_SAFER",
             "nodata": NO_DATA if is_mask else None,
         }  # fmt: skip
-
-        def rows() -> Iterator[tuple[Any, NDArray[np.uint8], NDArray[np.uint8]]]:
-            for top in range(0, height, BLOCK):
-                window = rasterio.windows.Window(0, top, width, min(BLOCK, height - top))
-                found, valid = read(top, window.height), source.dataset_mask(window=window)
-                yield window, np.where(valid, found, np.uint8(NO_DATA)) if is_mask else found, valid
-
+        windows = [
+            rasterio.windows.Window(0, top, width, min(BLOCK, height - top))
+            for top in range(0, height, BLOCK)
+        ]
         with rasterio.open(new, "w", **profile) as written:
             written.update_tags(**{MADE_BY: made_by})
             if class_colors is not None:  # before the pixels, after which the file's kind is settled
                 written.write_colormap(1, _colormap(class_colors))
                 written.update_tags(CLASSES=json.dumps(list(class_colors)))
-            for window, found, valid in rows():
+            for window in windows:
+                found, valid = read(window.row_off, window.height), source.dataset_mask(window=window)
                 if not is_mask:
                     written.write_mask(valid, window=window)
-                written.write(found, 1, window=window)
+                written.write(
+                    np.where(valid, found, np.uint8(NO_DATA)) if is_mask else found, 1, window=window
+                )
         with rasterio.open(new) as written:  # GDAL tells of a full disk late, or not at all
-            if not all(np.array_equal(written.read(1, window=window), found) for window, found, _ in rows()):
-                raise OSError("the file is not what was written")
+            for window in windows:
+                written.read(1, window=window)
         resampling = rasterio.enums.Resampling
         with rasterio.open(new, "r+") as written:
             factors = [2**power for power in range(1, 16) if max(height, width) >> power >= SMALLEST]
@@ -339,6 +340,17 @@ def _write_raster(
         for level in range(len(factors)):
             with rasterio.open(new, overview_level=level) as written:
                 written.read(1, window=rasterio.windows.Window(0, 0, 1, 1))
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Raise OSError for all that GDAL raises while it writes, which has no class in common."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error
 
 
 def _colormap(class_colors: Mapping[str, Sequence[int]]) -> dict[int, tuple[int, int, int]]:

@@ -3,7 +3,6 @@
 import json
 import resource
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +62,16 @@ def write_scene(path: Path, values: NDArray[Any], **options: Any) -> Path:
     return path
 
 
-def segment(path: Path, mask: Path, predictor: Predictor, seen: list[Any] | None = None) -> None:
+def segment(
+    path: Path, mask: Path, predictor: Predictor, seen: list[Any] | None = None, tile: int = 48
+) -> None:
     def track(steps: Iterable[Any]) -> Iterable[Any]:
         for step in steps:
             if seen is not None:
                 seen.append(step)
             yield step
 
-    segment_scene(path, mask, mask.with_name("prob.tif"), predictor, Tiling(48), Writing("me", 2, 0, track))
+    segment_scene(path, mask, mask.with_name("prob.tif"), predictor, Tiling(tile), Writing("me", 2, 0, track))
 
 
 def read(path: Path) -> NDArray[np.uint8]:
@@ -137,6 +138,7 @@ def test_a_scene_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path, predi
     scene = write_scene(tmp_path / "scene.tif", pixels(200, 100))
     whole: list[Any] = []
     segment(scene, tmp_path / "whole.tif", predictor, whole)
+    expected = read(tmp_path / "whole.tif"), read(tmp_path / "prob.tif")
 
     class Stopping(Predictor):
         calls = 0
@@ -154,7 +156,8 @@ def test_a_scene_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path, predi
     rest: list[Any] = []
     segment(scene, tmp_path / "mask.tif", predictor, rest)
     assert len(rest) < len(whole) - 2
-    assert np.array_equal(read(tmp_path / "mask.tif"), read(tmp_path / "whole.tif"))
+    assert np.array_equal(read(tmp_path / "mask.tif"), expected[0])
+    assert np.array_equal(read(tmp_path / "prob.tif"), expected[1])
 
 
 @pytest.mark.parametrize("change", ["settings", "scene"])
@@ -169,7 +172,7 @@ def test_a_part_of_other_settings_or_another_scene_is_not_gone_on_with(
         def stop(steps: Iterable[Any]) -> Iterable[Any]:
             for step in steps:
                 seen.append(step)
-                if len(seen) > 5 and made_by == "first":
+                if len(seen) > 8 and made_by == "first":
                     raise KeyboardInterrupt
                 yield step
 
@@ -279,30 +282,44 @@ def test_scenes_of_another_kind_than_trained_on_do_not_stop_the_others(cli: Comm
     assert [path.name for path in Path("out").iterdir()] == ["d.tif"]
 
 
-def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, predictor: Predictor) -> None:
-    scene = write_scene(tmp_path / "scene.tif", pixels(200, 200))
-    segment(scene, tmp_path / "whole.tif", predictor)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, predictor: Predictor, share: float) -> None:
+    """GDAL tells of it in several ways, by how far it came."""
+    scene = write_scene(tmp_path / "scene.tif", pixels(520, 520))
+    mask, prob = tmp_path / "mask.tif", tmp_path / "prob.tif"
+    segment(scene, mask, predictor, tile=260)
+    size, whole = prob.stat().st_size, (read(mask), read(prob))
+    mask.unlink()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(steps: Iterable[Any], until: int) -> Iterable[Any]:
+    def fill(steps: Iterable[Any]) -> Iterable[Any]:
         yield from steps
-        resource.setrlimit(resource.RLIMIT_FSIZE, (until, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), before[1]))
 
-    def attempt(track: Any) -> None:
-        segment_scene(scene, tmp_path / "mask.tif", None, predictor, Tiling(48), Writing("me", 2, 0, track))
+    settings = Writing("me", 2, 0, fill)
+    try:
+        with pytest.raises(OSError, match=r"could not write .*prob\.tif .* The same command goes on"):
+            segment_scene(scene, mask, prob, predictor, Tiling(260), settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not mask.exists()
+    seen: list[Any] = []
+    segment(scene, mask, predictor, seen, tile=260)
+    assert not seen
+    assert np.array_equal(read(mask), whole[0])
+    assert np.array_equal(read(prob), whole[1])
 
+
+def test_a_disk_without_room_is_told_before_anything_is_computed(
+    tmp_path: Path, predictor: Predictor
+) -> None:
+    scene = write_scene(tmp_path / "scene.tif", pixels(100, 100))
+    before, seen = resource.getrlimit(resource.RLIMIT_FSIZE), list[Any]()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         with pytest.raises(OSError, match=r"no room for mask\.tif\.part"):
-            attempt(iter)
-        assert not list(tmp_path.glob("mask.tif*"))
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        with pytest.raises(OSError, match=r"could not write .*mask\.tif .* The same command goes on"):
-            attempt(partial(fill, until=500))
+            segment(scene, tmp_path / "mask.tif", predictor, seen)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not (tmp_path / "mask.tif").exists()
-    seen: list[Any] = []
-    segment(scene, tmp_path / "mask.tif", predictor, seen)
     assert not seen
-    assert np.array_equal(read(tmp_path / "mask.tif"), read(tmp_path / "whole.tif"))
+    assert not list(tmp_path.glob("mask.tif*"))
