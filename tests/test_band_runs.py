@@ -122,9 +122,12 @@ def test_a_resumed_run_keeps_its_range_and_refuses_others(cli: Commands, folder:
     bands = bands_of(folder / "run")
     assert bands_of(Path("run")) == bands
     assert f"bands {bands}" in " ".join(again.out.split())
-    for other in ("loading.channels=[4,3,2]", "loading.percentiles=[1,99]", "loading.channels=null"):
-        refused = cli(train, "resume=run", other)
-        assert re.search(rf"{other.partition('=')[0]} was .*, is ", refused.err)
+    refused = cli(train, "resume=run", "loading.channels=[4,3,2]", "loading.percentiles=[1,99]")
+    for key in (
+        "loading.channels was [3, 2, 1], is [4, 3, 2]",
+        "loading.percentiles was [2, 98], is [1, 99]",
+    ):
+        assert key in refused.err
 
 
 def test_data_are_checked_before_anything_is_trained(cli: Commands, tmp_path: Path) -> None:
@@ -136,7 +139,6 @@ def test_data_are_checked_before_anything_is_trained(cli: Commands, tmp_path: Pa
     assert "bands 3, 2, 1 of uint16 as red" in " ".join(looked.out.split())
     refusals = {
         "loading.channels=[5,3,2]": "has 4 bands, but channels 5, 3, 2 ask for band 5",
-        "loading.channels=[1,2]": "of three bands",
         "seed=0": r"4 bands of uint16 values, but .* train with loading\.channels=\[4,3,2\]",
     }
     for setting, message in refusals.items():
