@@ -6,39 +6,25 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from io import BytesIO
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from convlora import adapter, draw, run
-from convlora.cli import command, refuse_idle
-from convlora.data.bands import Bands
-from convlora.data.images import image_size, read_image
-from convlora.inference import Found, Predictor
-from convlora.routing import locate, routed_layers
-from convlora.scenes import Writing, check_place, is_scene, scene_size, segment_scene, write_polygons
+from convlora import adapter, run
+from convlora.cli import command, plain, refuse_idle
+from convlora.data.images import image_size
+from convlora.geotiff import check_place, is_scene, scene_size
+from convlora.photos import check_routing, predict_photos
+from convlora.scenes import predict_scene
 from convlora.schema import Config
 from convlora.tiles import check_tile, choose_tiling
-from convlora.writing import Item, as_mask, as_overlay, find_images, left_to_do, save
-
-WRITERS = 2  # threads that write while the next images are computed
-AHEAD = 16  # images that wait to be written, at most
+from convlora.writing import Item, Job, find_images, left_to_do
 
 
 @dataclass(frozen=True)
@@ -62,36 +48,6 @@ class PredictConfig:
     devices: int
     precision: str | None
     model: Config
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """One image as the network takes it, or why it could not be read."""
-
-    item: Item
-    pixels: Tensor | None = None
-    size: tuple[int, int] = (0, 0)
-    error: str = ""
-
-
-class Images(Dataset[Loaded]):
-    """Image files; one that cannot be read comes with its error instead of pixels."""
-
-    def __init__(self, items: Sequence[Item], predictor: Predictor):
-        self.items = items
-        self.prepare = predictor.prepare
-        self.bands = predictor.bands
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Loaded:
-        item = self.items[index]
-        try:
-            image = read_image(item.path, self.bands)
-        except (OSError, ValueError) as error:
-            return Loaded(item, error=str(error))
-        return Loaded(item, self.prepare(image), image.shape[:2])
 
 
 def predict(config: PredictConfig) -> None:
@@ -206,114 +162,30 @@ def predict_share(
     """
     device = config.device if kind is None else f"cuda:{rank}" if kind == "cuda" else kind
     predictor = adapter.load(config.checkpoint, config.model["weights"], config.precision, device)
+    if config.routing:
+        check_routing(predictor, config.checkpoint)
     console = Console(highlight=False, soft_wrap=True)
 
-    def show(steps: Iterable[Any], title: str = "predict") -> Iterable[Any]:
+    def show(steps: Iterable[Any], title: str) -> Iterable[Any]:
         return track(steps, title, console=console) if rank == 0 else steps
 
+    size, workers = config.batch_size, config.num_workers
+    job = Job(Path(config.output), made_by, config.overwrite, size, workers, show)
     photos = [item for item in items if not item.is_scene]
     scenes = [item for item in items if item.is_scene]
     failures = []
-    if photos:
-        settings = (config.tile, config.overlap, config.batch_size)
-        seer = predictor.tiled(*settings) if config.tiles else predictor
-        failures += predict_photos(seer, photos, config, made_by, show)
-    for item in scenes:
+    if photos and config.tiles:
+        cut = predictor.tiled(config.tile, config.overlap, size)
+        failures += predict_photos(photos, cut, replace(job, batch_size=1))
+    elif photos:
+        failures += predict_photos(photos, predictor, job)
+    for scene in scenes:
         tiling = choose_tiling(config.tile, config.overlap, predictor.median_side, config.checkpoint)
-        files = item.files(Path(config.output))
-        writing = Writing(made_by, config.batch_size, config.num_workers, partial(show, title=item.path.name))
         try:
-            segment_scene(item.path, files[""], files.get("probabilities"), predictor, tiling, writing)
+            predict_scene(scene, predictor, tiling, job)
         except ValueError as error:
-            failures.append(str(error))
-            continue
-        if "polygons" in files:
-            write_polygons(files[""], files["polygons"], list(predictor.class_colors), made_by)
+            failures.append(plain(error))
     return failures
-
-
-def predict_photos(
-    predictor: Predictor,
-    items: Sequence[Item],
-    config: PredictConfig,
-    made_by: str,
-    show: Callable[[Iterable[Any]], Iterable[Any]],
-) -> list[str]:
-    """Write what is found in images that fit in memory; returns the errors of those that cannot be read."""
-    layers = routed_layers(predictor.segmenter.get_submodule("image_encoder")) if config.routing else {}
-    if config.routing and not any(layer.gate_sees_maps for layer in layers.values()):
-        raise ValueError(
-            f"routing=true shows which expert has the say where, but in {config.checkpoint} no gate chooses "
-            "by the image; leave it out, or take an adapter of peft=conv_lora with peft/gate=noisy_top_k"
-        )
-    failures: list[str] = []
-    loader = DataLoader(
-        Images(items, predictor),
-        1 if config.tiles else config.batch_size,
-        num_workers=config.num_workers,
-        collate_fn=list,
-    )
-    with writers() as write:
-        for batch in show(loader):
-            good = [each for each in batch if each.pixels is not None]
-            failures += [each.error for each in batch if each.pixels is None]
-            found = predictor.segment([each.pixels for each in good], [each.size for each in good])
-            for index, (loaded, each) in enumerate(zip(good, found, strict=True)):
-                files = loaded.item.files(Path(config.output))
-                if layers:
-                    side = predictor.resize.image_size
-                    located = {name: locate(layer, index, len(good), side) for name, layer in layers.items()}
-                    scales = next(iter(layers.values())).experts.scales
-                    shown = predictor.resize.content(*loaded.size)
-                    picture = draw_routing(loaded.item.path, predictor.bands, shown, located, scales)
-                    save(picture, files["routing"], made_by)
-                write(write_files, loaded.item.path, files, each, predictor, made_by)
-    return failures
-
-
-@contextmanager
-def writers() -> Iterator[Callable[..., None]]:
-    """Call functions in threads, in their order and not far behind; raises what they do."""
-    waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(WRITERS) as pool:
-
-        def call(function: Callable[..., None], *arguments: Any) -> None:
-            waiting.append(pool.submit(function, *arguments))
-            while len(waiting) > AHEAD:
-                waiting.popleft().result()
-
-        yield call
-        for future in waiting:
-            future.result()
-
-
-def write_files(
-    source: Path, files: dict[str, Path], found: Found, predictor: Predictor, made_by: str
-) -> None:
-    """Write the mask of one image and what else was asked for, the mask last."""
-    colors = predictor.class_colors
-    if "probabilities" in files:
-        save(Image.fromarray(found.prob), files["probabilities"], made_by)
-    if "overlays" in files:
-        image = read_image(source, predictor.bands)
-        save(as_overlay(image, found.classes, colors), files["overlays"], made_by)
-    save(as_mask(found.classes, colors), files[""], made_by)
-
-
-def draw_routing(
-    path: Path,
-    bands: Bands | None,
-    shown: tuple[int, int],
-    located: dict[str, NDArray[np.int64]],
-    scales: Sequence[float],
-) -> Image.Image:
-    """Return the image at the network's scale with the expert that each window of each layer chose."""
-    height, width = shown
-    image = cv2.resize(read_image(path, bands), (width, height), interpolation=cv2.INTER_AREA)
-    picture = BytesIO()
-    choices = {name: choice[:height, :width] for name, choice in located.items()}
-    draw.draw_choices(image, choices, scales, picture)
-    return Image.open(picture)
 
 
 main = command("predict", PredictConfig, predict)

@@ -3,10 +3,11 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,27 @@ class Item:
         ends = {"polygons": GEOJSON}
         end = TIFF[0] if self.is_scene else ".png"
         return {kind: output / kind / f"{self.name}{ends.get(kind, end)}" for kind in self.kinds}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings that all images of a call share.
+
+    Attributes:
+        output: folder of what is written.
+        made_by: marks the files, and tells those of this adapter and these settings from others.
+        overwrite: whether what is there is made anew.
+        batch_size: images or windows at a time.
+        num_workers: processes that read.
+        track: shows the progress of what it is given, under a title.
+    """
+
+    output: Path
+    made_by: str
+    overwrite: bool
+    batch_size: int
+    num_workers: int
+    track: Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def find_images(source: Path, output: Path) -> dict[Path, str]:

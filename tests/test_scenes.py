@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from convlora import predict
 from convlora.adapter import load
+from convlora.geotiff import write_polygons
 from convlora.inference import Predictor
-from convlora.scenes import Writing, segment_scene, write_polygons
+from convlora.scenes import predict_scene
 from convlora.tiles import Tiling
+from convlora.writing import Item, Job
 
 PLACE = {"crs": "EPSG:32640", "transform": from_origin(300000, 2800000, 0.5, 0.5)}
 
@@ -65,13 +67,18 @@ def write_scene(path: Path, values: NDArray[Any], **options: Any) -> Path:
 def segment(
     path: Path, mask: Path, predictor: Predictor, seen: list[Any] | None = None, tile: int = 48
 ) -> None:
-    def track(steps: Iterable[Any]) -> Iterable[Any]:
+    def track(steps: Iterable[Any], title: str) -> Iterable[Any]:
         for step in steps:
             if seen is not None:
                 seen.append(step)
             yield step
 
-    segment_scene(path, mask, mask.with_name("prob.tif"), predictor, Tiling(tile), Writing("me", 2, 0, track))
+    item = Item(path, mask.stem, is_scene=True, kinds=["", "probabilities"])
+    predict_scene(item, predictor, Tiling(tile), Job(mask.parent, "me", False, 2, 0, track))
+
+
+def prob_of(mask: Path) -> Path:
+    return mask.parent / "probabilities" / mask.name
 
 
 def read(path: Path) -> NDArray[np.uint8]:
@@ -108,7 +115,7 @@ def test_windows_from_the_disk_give_what_windows_in_memory_do(tmp_path: Path, pr
     segment(write_scene(tmp_path / "scene.tif", values), tmp_path / "mask.tif", predictor)
     found = predictor.tiled(48).predict(values.transpose(1, 2, 0))
     assert np.array_equal(read(tmp_path / "mask.tif"), found.classes)
-    assert np.abs(read(tmp_path / "prob.tif").astype(int) - found.prob).max() <= 1
+    assert np.abs(read(prob_of(tmp_path / "mask.tif")).astype(int) - found.prob).max() <= 1
     assert 0.01 < found.classes.mean() < 0.99
 
 
@@ -138,7 +145,7 @@ def test_a_scene_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path, predi
     scene = write_scene(tmp_path / "scene.tif", pixels(200, 100))
     whole: list[Any] = []
     segment(scene, tmp_path / "whole.tif", predictor, whole)
-    expected = read(tmp_path / "whole.tif"), read(tmp_path / "prob.tif")
+    expected = read(tmp_path / "whole.tif"), read(prob_of(tmp_path / "whole.tif"))
 
     class Stopping(Predictor):
         calls = 0
@@ -157,7 +164,7 @@ def test_a_scene_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path, predi
     segment(scene, tmp_path / "mask.tif", predictor, rest)
     assert len(rest) < len(whole) - 2
     assert np.array_equal(read(tmp_path / "mask.tif"), expected[0])
-    assert np.array_equal(read(tmp_path / "prob.tif"), expected[1])
+    assert np.array_equal(read(prob_of(tmp_path / "mask.tif")), expected[1])
 
 
 @pytest.mark.parametrize("change", ["settings", "scene"])
@@ -169,14 +176,15 @@ def test_a_part_of_other_settings_or_another_scene_is_not_gone_on_with(
     def part(made_by: str) -> list[Any]:
         seen: list[Any] = []
 
-        def stop(steps: Iterable[Any]) -> Iterable[Any]:
+        def stop(steps: Iterable[Any], title: str) -> Iterable[Any]:
             for step in steps:
                 seen.append(step)
                 if len(seen) > 8 and made_by == "first":
                     raise KeyboardInterrupt
                 yield step
 
-        segment_scene(scene, tmp_path / "mask.tif", None, predictor, Tiling(48), Writing(made_by, 1, 0, stop))
+        item = Item(scene, "mask", is_scene=True, kinds=[""])
+        predict_scene(item, predictor, Tiling(48), Job(tmp_path, made_by, False, 1, 0, stop))
         return seen
 
     with pytest.raises(KeyboardInterrupt):
@@ -239,8 +247,13 @@ def test_polygons_by_the_command_line_are_made_once(cli: Commands, run: Path) ->
     assert inside == pytest.approx((read(Path("out/scene.tif")) == 1).sum() * 0.25, rel=2e-3)
     assert inside > 0
     assert "1 of 1 are there already" in cli(predict, *arguments).out
+    written = Path("out/scene.tif").stat().st_mtime_ns
     Path("out/polygons/scene.geojson").unlink()
     assert "1 of 1 masks written" in cli(predict, *arguments).out
+    assert Path("out/polygons/scene.geojson").is_file()
+    assert Path("out/scene.tif").stat().st_mtime_ns == written  # what there is serves
+    assert cli(predict, *arguments, "overwrite=true").code == 0
+    assert Path("out/scene.tif").stat().st_mtime_ns > written
 
 
 @pytest.mark.parametrize(
@@ -286,20 +299,22 @@ def test_scenes_of_another_kind_than_trained_on_do_not_stop_the_others(cli: Comm
 def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, predictor: Predictor, share: float) -> None:
     """GDAL tells of it in several ways, by how far it came."""
     scene = write_scene(tmp_path / "scene.tif", pixels(520, 520))
-    mask, prob = tmp_path / "mask.tif", tmp_path / "prob.tif"
+    mask, prob = tmp_path / "mask.tif", tmp_path / "probabilities/mask.tif"
     segment(scene, mask, predictor, tile=260)
     size, whole = prob.stat().st_size, (read(mask), read(prob))
     mask.unlink()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(steps: Iterable[Any]) -> Iterable[Any]:
+    def fill(steps: Iterable[Any], title: str) -> Iterable[Any]:
         yield from steps
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), before[1]))
 
-    settings = Writing("me", 2, 0, fill)
+    item = Item(scene, "mask", is_scene=True, kinds=["", "probabilities"])
     try:
-        with pytest.raises(OSError, match=r"could not write .*prob\.tif .* The same command goes on"):
-            segment_scene(scene, mask, prob, predictor, Tiling(260), settings)
+        with pytest.raises(
+            OSError, match=r"could not write .*probabilities/mask\.tif .* The same command goes on"
+        ):
+            predict_scene(item, predictor, Tiling(260), Job(tmp_path, "me", False, 2, 0, fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not mask.exists()
