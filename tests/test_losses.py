@@ -254,6 +254,27 @@ def test_soft_skeleton_runs_along_the_thinned_one(seed: int) -> None:
         assert (ndimage.distance_transform_edt(~other)[one] <= 2.3).mean() > 0.95
 
 
+def test_soft_skeleton_of_probabilities_equals_the_published_algorithm() -> None:
+    """Algorithm 1, by scipy's grey morphology."""
+    probs = ndimage.gaussian_filter(np.random.default_rng(0).random((50, 60)), 1.5)
+    probs = (probs - probs.min()) / np.ptp(probs)
+    cross, square = ndimage.generate_binary_structure(2, 1), np.ones((3, 3), bool)
+
+    def erode(image: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(ndimage.grey_erosion(image, footprint=cross, mode="constant", cval=np.inf))
+
+    def ridge(image: NDArray[np.float64]) -> NDArray[np.float64]:
+        opened = ndimage.grey_dilation(erode(image), footprint=square, mode="constant", cval=-np.inf)
+        return np.maximum(image - opened, 0)
+
+    image, expected = probs, ridge(probs)
+    for _ in range(4):
+        image = erode(image)
+        expected = expected + np.maximum(ridge(image) - expected * ridge(image), 0)
+    found = soft_skeleton(torch.from_numpy(probs)[None, None], iterations=4)[0, 0].numpy()
+    assert np.abs(found - expected).max() < 1e-12
+
+
 def test_soft_cldice_is_that_of_the_skeletons() -> None:
     """For sure predictions it is close to one minus the score, which takes skimage's skeletons."""
     for seed in range(3):
