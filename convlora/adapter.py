@@ -1,6 +1,7 @@
 """The file that users keep: trained tensors with all that is needed to use them again."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from convlora.build import (
     settings_of,
 )
 from convlora.data.transforms import Resize
+from convlora.fetch import fetch_from_hub
 from convlora.inference import Predictor
 from convlora.run import BEST, in_shell
 from convlora.schema import Config, make
@@ -28,6 +30,8 @@ from convlora.task import check_agreement
 # A key that is absent means what it meant before it existed, so that later versions add keys.
 FORMAT = "convlora-adapter-3"
 NAME = "adapter.safetensors"
+# Of the hub, USER/REPO@REVISION, and no file's name
+REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*?(?<!\.safetensors)(?<!\.ckpt))(?:@([\w./-]+))?")
 # What an adapter file may ask to be built: its config comes from whoever made the file.
 PACKAGES = {
     "model": "convlora.sam.",
@@ -131,10 +135,14 @@ def load(
 
 
 def find(checkpoint: str | Path) -> Path:
-    """Return the adapter file that a run's folder holds, or the file itself.
+    """Return the adapter file that a run's folder holds, or the file itself, or one of the Hugging Face Hub.
+
+    Args:
+        checkpoint: a path; or where none such is there USER/REPO, or USER/REPO@REVISION.
 
     Raises:
         FileNotFoundError: there is none.
+        OSError: the hub cannot be reached.
     """
     path = Path(checkpoint)
     if (path / NAME).is_file():
@@ -144,6 +152,8 @@ def find(checkpoint: str | Path) -> Path:
             f"{path} has not ended and has no adapter yet; "
             f"`python -m convlora.export {in_shell('checkpoint', path)}` makes one of its best epoch so far"
         )
+    if not path.exists() and (named := REPOSITORY.fullmatch(str(checkpoint))):
+        return fetch_from_hub(named[1], named[2], NAME)
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")
     return path
