@@ -162,8 +162,9 @@ from {package}.modeling.{module}
         num_multimask_outputs=0, transformer_dim={dim},
         transformer=TwoWayTransformer(2, {dim}, 8, {backbone.decoder_mlp_dim}),
     ),
-).eval()
+)
 sam.load_state_dict(torch.load("{name}", weights_only=True)){eps}
+sam.eval()  # after loading, since MobileSAM makes tables of its weights here
 predictor = SamPredictor(sam)
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
 predictor.set_image(np.asarray({shown}))

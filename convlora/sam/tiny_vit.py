@@ -132,7 +132,7 @@ def revert_mobile_sam(state: dict[str, Tensor]) -> dict[str, Tensor]:
             found[name] = value
         elif value.ndim == 4:
             found[f"{name.removesuffix('.weight')}.c.weight"] = value
-        elif state[f"{key.rpartition('.')[0]}.weight"].ndim == 4:
+        elif state.get(f"{key.removesuffix('.bias')}.weight", value).ndim == 4:
             norm = f"{name.removesuffix('.bias')}.bn"
             ones = torch.ones_like(value)
             parts = (ones, value, torch.zeros_like(value), ones - _NORM_EPS, torch.tensor(0))
