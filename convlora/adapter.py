@@ -106,7 +106,7 @@ def load(
     """Return a trained segmenter that takes images of any size: `load("RUN").predict("photo.jpg")`.
 
     Args:
-        checkpoint: a run's folder, or an adapter file.
+        checkpoint: a run's folder, an adapter file, or USER/REPO of the Hugging Face Hub.
         weights: base weights, where they lie elsewhere than at training.
         precision: to compute in; None takes that of the training.
         device: `auto`, a GPU where there is one, or `cpu`, `cuda`, `cuda:1`.
@@ -138,7 +138,7 @@ def find(checkpoint: str | Path) -> Path:
     """Return the adapter file that a run's folder holds, or the file itself, or one of the Hugging Face Hub.
 
     Args:
-        checkpoint: a path; or where none such is there USER/REPO, or USER/REPO@REVISION.
+        checkpoint: a path; or USER/REPO or USER/REPO@REVISION, where there is no folder USER.
 
     Raises:
         FileNotFoundError: there is none.
@@ -152,7 +152,7 @@ def find(checkpoint: str | Path) -> Path:
             f"{path} has not ended and has no adapter yet; "
             f"`python -m convlora.export {in_shell('checkpoint', path)}` makes one of its best epoch so far"
         )
-    if not path.exists() and (named := REPOSITORY.fullmatch(str(checkpoint))):
+    if not path.parent.exists() and (named := REPOSITORY.fullmatch(str(checkpoint))):
         return fetch_from_hub(named[1], named[2], NAME)
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")
