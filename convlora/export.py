@@ -100,7 +100,7 @@ def read_trained(config: ExportConfig) -> tuple[Adapter, str]:
     folder, weights = Path(config.checkpoint), config.model["weights"]
     stopped = (folder / run.BEST).is_file() and not (folder / run.SUMMARY).is_file()
     if not stopped:
-        return adapter.read(folder if folder.exists() else config.checkpoint, weights, "32-true"), ""
+        return adapter.read(config.checkpoint, weights, "32-true"), ""
     checkpoint = read_checkpoint(folder / run.BEST)
     with tempfile.TemporaryDirectory() as made:
         path = Path(made) / adapter.NAME

@@ -29,7 +29,8 @@ def write(adapter: Adapter, folder: Path, trial: Trial) -> str:
     """
     recorded = record(adapter)
     try:
-        torch.export.save(recorded, folder / NAME)
+        with quiet():
+            torch.export.save(recorded, folder / NAME)
     except RuntimeError as error:  # PyTorch's own writer knows no other
         raise full_disk(folder, str(error).splitlines()[0]) from error
     with quiet():

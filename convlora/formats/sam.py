@@ -115,7 +115,7 @@ def snippet(adapter: Adapter, backbone: Backbone, name: str, package: str) -> st
     size, grid, dim = backbone.image_size, backbone.image_size // backbone.patch_size, backbone.decoder_dim
     if isinstance(backbone, SamViT):
         first = "from functools import partial\n\n"
-        module, before = "image_encoder import ImageEncoderViT", ""
+        module, before, after = "image_encoder import ImageEncoderViT", "", ""
         encoder = (
             f"ImageEncoderViT(\n        img_size={size}, patch_size={backbone.patch_size}, "
             f"embed_dim={backbone.embed_dim}, depth={backbone.depth}, num_heads={backbone.num_heads},\n"
@@ -125,6 +125,7 @@ def snippet(adapter: Adapter, backbone: Backbone, name: str, package: str) -> st
         )
     else:
         first, module = "", "tiny_vit_sam import TinyViT"
+        after = "  # after loading, since it makes tables of the weights"
         before = f"""class Encoder(TinyViT):
     def forward(self, x):  # MobileSAM's own is for 1024 pixels alone
         x = self.patch_embed(x)
@@ -164,7 +165,7 @@ from {package}.modeling.{module}
     ),
 )
 sam.load_state_dict(torch.load("{name}", weights_only=True)){eps}
-sam.eval()  # after loading, since MobileSAM makes tables of its weights here
+sam.eval(){after}
 predictor = SamPredictor(sam)
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
 predictor.set_image(np.asarray({shown}))
