@@ -37,7 +37,7 @@ from convlora.segmenter import Segmenter
 MODEL = {
     "_target_": "convlora.sam.zoo.SamViT", "name": "tiny", "embed_dim": 16, "depth": 2, "num_heads": 2,
     "global_attn_indexes": [1], "image_size": 64, "patch_size": 8, "window_size": 3, "decoder_dim": 32,
-    "decoder_mlp_dim": 32, "decoder_eps": 1e-6, "weights": None,
+    "decoder_mlp_dim": 32, "decoder_eps": 1e-2, "weights": None,
 }  # fmt: skip
 GATE = {"_target_": "convlora.peft.gating.NoisyTopK", "top_k": 2}
 CONV_LORA = {"_target_": "convlora.peft.conv_lora.ConvLoRA", "rank": 2, "num_experts": 3, "gate": GATE}

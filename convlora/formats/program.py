@@ -1,11 +1,11 @@
 """A segmenter as a program that PyTorch alone runs, `torch.export`'s."""
 
+import io
 from pathlib import Path
 
 import torch
 
 from convlora.adapter import Adapter
-from convlora.formats.folder import full_disk
 from convlora.formats.graph import Trial, compare, quiet, record
 from convlora.formats.readme import Form, readme
 
@@ -28,11 +28,10 @@ def write(adapter: Adapter, folder: Path, trial: Trial) -> str:
         ValueError: the segmenter cannot be recorded, or the program computes something else.
     """
     recorded = record(adapter)
-    try:
-        with quiet():
-            torch.export.save(recorded, folder / NAME)
-    except RuntimeError as error:  # PyTorch's own writer knows no other
-        raise full_disk(folder, str(error).splitlines()[0]) from error
+    written = io.BytesIO()  # PyTorch's own writer meets a full disk with a crash
+    with quiet():
+        torch.export.save(recorded, written)
+    (folder / NAME).write_bytes(written.getbuffer())
     with quiet():
         program = torch.export.load(folder / NAME).module()
     difference = compare("torch", adapter.segmenter, program, trial)
