@@ -23,8 +23,8 @@ from convlora.build import (
 )
 from convlora.data.bands import Bands
 from convlora.data.transforms import Resize
-from convlora.heads import Head
 from convlora.fetch import fetch_from_hub
+from convlora.heads import Head
 from convlora.inference import Predictor
 from convlora.peft.method import Method
 from convlora.run import BEST, in_shell
