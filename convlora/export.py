@@ -74,7 +74,7 @@ def write(config: ExportConfig, trained: Adapter, new: Path, images: Path | None
         run_folder = Path(config.checkpoint)
         ended = (run_folder / run.SUMMARY).is_file()
         return hub.write(trained, new, run_folder if ended else None, config.license)
-    trial = make_trial(trained.resize, images)
+    trial = make_trial(trained, images)
     return onnx.write(trained, new, trial) if config.format == "onnx" else program.write(trained, new, trial)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx as onnx_package
 import pytest
+import rasterio
 import torch
 from composed import compose, names
 from conftest import SMALL, TINY, Commands, from_conf, train_in
@@ -27,10 +28,12 @@ from PIL import Image
 from convlora import adapter, export
 from convlora.adapter import Adapter
 from convlora.build import make_segmenter
+from convlora.data.bands import Bands
 from convlora.data.sets.synthetic import draw_scene
 from convlora.formats import onnx, program, sam
 from convlora.formats.graph import compare, make_trial
 from convlora.sam.tiny_vit import convert_mobile_sam, revert_mobile_sam
+from convlora.sam.zoo import load_backbone
 from convlora.schema import make, resolve
 from convlora.segmenter import Segmenter
 
@@ -49,7 +52,9 @@ SIZES = ((100, 80), (48, 36))  # of photographs, px
 NEAR = 0.01  # share of pixels that rounding may turn: Pillow's bicubic is PyTorch's but for one grey level
 
 
-def plant(folder: Path, peft: dict[str, Any], resize: str, colors: dict[str, list[int]]) -> Path:
+def plant(
+    folder: Path, peft: dict[str, Any], resize: str, colors: dict[str, list[int]], bands: Bands | None = None
+) -> Path:
     """An adapter that has learnt something."""
     side = {"_target_": f"convlora.data.transforms.{resize}", "image_size": 64}
     config = {"model": MODEL, "peft": peft, "head": HEAD, "resize": side}
@@ -61,7 +66,8 @@ def plant(folder: Path, peft: dict[str, Any], resize: str, colors: dict[str, lis
         value.add_(torch.randn_like(value), alpha=0.3 if name.startswith("mask_decoder.") else 0.1)
     folder.mkdir(exist_ok=True)
     path = folder / adapter.NAME
-    adapter.save(path, segmenter.trainable_state(), adapter.describe(config, colors, identity, "32-true"))
+    metadata = adapter.describe(config, colors, identity, "32-true", bands=bands)
+    adapter.save(path, segmenter.trainable_state(), metadata)
     return path
 
 
@@ -159,7 +165,7 @@ def test_a_program_finds_the_masks_of_predict_without_this_library(tmp_path: Pat
     images = tmp_path / "images"
     images.mkdir()
     photograph(images / "a.png", SIZES[0], 5)
-    program.write(loaded, tmp_path, make_trial(loaded.resize, images))
+    program.write(loaded, tmp_path, make_trial(loaded, images))
     assert "on 1 of the 1 images given" in (tmp_path / "README.md").read_text()
     check_masks(tmp_path, trained, masks_of_snippet(tmp_path, "convlora", "segment_anything", "timm"))
 
@@ -167,7 +173,7 @@ def test_a_program_finds_the_masks_of_predict_without_this_library(tmp_path: Pat
 def test_a_checkpoint_of_segment_anything_gives_the_same_logits(tmp_path: Path) -> None:
     trained = adapter.read(plant(tmp_path, LORA, "LongestSideResize", ONE))
     said = sam.write(trained, tmp_path, None)
-    assert "its IoU head is the base's and was not trained" in " ".join(said.split())
+    assert "its other mask tokens are the base's and were not trained; nor was the IoU head" in said
     photograph(tmp_path / "photo.jpg", (64, 64), 3)
     Image.open(tmp_path / "photo.jpg").save(tmp_path / "photo.png")
     code = snippet_of(tmp_path).replace("photo.jpg", "photo.png")
@@ -185,6 +191,42 @@ def test_a_checkpoint_of_segment_anything_gives_the_same_logits(tmp_path: Path) 
     torch.testing.assert_close(
         torch.from_numpy(np.load(tmp_path / "logits.npy"))[None], expected, atol=1e-4, rtol=0
     )
+
+
+def test_a_checkpoint_of_four_masks_has_the_trained_one_first(tmp_path: Path) -> None:
+    trained = adapter.read(plant(tmp_path, LORA, "SquareResize", ONE))
+    sam.write(trained, tmp_path, None)
+    state = torch.load(tmp_path / "tiny_four_masks.pth", weights_only=True)
+    base = make("model", MODEL)
+    built, _ = load_backbone(base)
+    untrained = {key: value.clone() for key, value in built.mask_decoder.state_dict().items()}
+    built.load_state_dict(state)  # strictly, in segment-anything's own shapes
+    head, decoder = trained.segmenter.mask_decoder, built.mask_decoder
+    assert torch.equal(decoder.mask_tokens.weight[:1], head.mask_tokens.weight)
+    assert torch.equal(decoder.mask_tokens.weight[1:], untrained["mask_tokens.weight"][1:])
+    for key, value in decoder.state_dict().items():
+        if "output_hypernetworks_mlps.0." in key or key.startswith("transformer."):
+            assert torch.equal(value, head.state_dict()[key])
+        elif "output_hypernetworks_mlps." in key or key.startswith("iou_prediction_head."):
+            assert torch.equal(value, untrained[key])
+
+
+def test_the_snippet_of_an_adapter_of_bands_reads_them(tmp_path: Path) -> None:
+    bands = Bands((3, 1, 2), "uint16", ((100.0, 4000.0), (0.0, 3000.0), (50.0, 5000.0)))
+    path = plant(tmp_path, LORA, "SquareResize", ONE, bands)
+    trained = adapter.read(path)
+    onnx.write(trained, tmp_path, make_trial(trained, None))
+    values = np.random.default_rng(0).integers(0, 6000, (4, 10, 12)).astype(np.uint16)
+    values = values.repeat(6, axis=1).repeat(6, axis=2)
+    with rasterio.open(tmp_path / "scene.tif", "w", driver="GTiff", count=4, height=60, width=72,
+                       dtype="uint16") as file:  # fmt: skip
+        file.write(values)
+    assert "bands 3, 1, 2 of uint16 as red 100 to 4000" in (tmp_path / "README.md").read_text()
+    run_fresh(tmp_path, snippet_of(tmp_path), "convlora", "torch")
+    found = np.asarray(Image.open(tmp_path / "mask.png"))
+    expected = adapter.load(path).predict(tmp_path / "scene.tif").classes * 255
+    assert 0.05 < (expected > 0).mean() < 0.95
+    assert (found != expected).mean() <= NEAR
 
 
 def test_tensors_of_mobile_sam_go_to_its_own_keys_and_back() -> None:
@@ -242,7 +284,7 @@ def untrained(method: str, model: str) -> Adapter:
 @pytest.mark.parametrize("method", names("peft"))
 def test_every_method_can_be_exported(tmp_path: Path, method: str) -> None:
     trained = untrained(method, "sam_tiny")
-    trial = make_trial(trained.resize, None)
+    trial = make_trial(trained, None)
     for form in (onnx, program):
         folder = tmp_path / form.__name__
         folder.mkdir()
@@ -252,7 +294,7 @@ def test_every_method_can_be_exported(tmp_path: Path, method: str) -> None:
 @pytest.mark.slow
 def test_mobile_sam_can_be_exported(tmp_path: Path) -> None:
     trained = untrained("conv_lora", "mobile_sam")
-    assert "largest difference" in onnx.write(trained, tmp_path, make_trial(trained.resize, None))
+    assert "largest difference" in onnx.write(trained, tmp_path, make_trial(trained, None))
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +395,7 @@ def test_missing_packages_are_told_before_anything_is_made(
 
 def test_a_form_that_is_further_off_than_rounding_is_refused(tmp_path: Path) -> None:
     loaded = adapter.read(plant(tmp_path, LORA, "SquareResize", ONE))
-    trial, right = make_trial(loaded.resize, None), loaded.segmenter
+    trial, right = make_trial(loaded, None), loaded.segmenter
     with torch.no_grad():
         largest = right(trial.images).abs().max().item()
     assert largest < 10

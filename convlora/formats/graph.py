@@ -17,7 +17,7 @@ from convlora.adapter import Adapter
 from convlora.data.images import list_images, read_image
 from convlora.data.samples import to_tensor
 from convlora.data.sets.synthetic import draw_scene
-from convlora.data.transforms import Resize, eval_transform
+from convlora.data.transforms import eval_transform
 from convlora.segmenter import Segmenter
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
@@ -48,11 +48,11 @@ class Trial:
         return iter(torch.split(self.images, [*BATCHES, *([rest] if rest else [])]))
 
 
-def make_trial(resize: Resize, folder: Path | None) -> Trial:
+def make_trial(adapter: Adapter, folder: Path | None) -> Trial:
     """Take images of a folder, spread evenly over it, or draw synthetic scenes.
 
     Args:
-        resize: with which the segmenter was trained.
+        adapter: of the segmenter.
         folder: of the images; None draws scenes.
 
     Raises:
@@ -67,9 +67,9 @@ def make_trial(resize: Resize, folder: Path | None) -> Trial:
         if not paths:
             raise FileNotFoundError(f"images={folder} holds no image; name a folder that does")
         chosen = paths[:: -(-len(paths) // MOST)]
-        pixels = [read_image(path) for path in chosen]
+        pixels = [read_image(path, adapter.bands) for path in chosen]
         source = f"{len(chosen)} of the {len(paths)} images given"
-    transform = eval_transform(resize)
+    transform = eval_transform(adapter.resize)
     inputs = [to_tensor(transform(image=each)["image"]) for each in pixels]
     enough = inputs * -(-sum(BATCHES) // len(inputs))  # few images are shown several times
     return Trial(torch.stack(enough), source)

@@ -164,6 +164,7 @@ An automatic segmenter, which takes images and no prompts: a frozen Segment Anyt
 |---|---|
 | classes | {", ".join(adapter.class_colors)} |
 | input | images of any size, brought to {size} x {size} pixels by {type(adapter.resize).__name__} |
+| image files | {"8-bit RGB" if adapter.bands is None else f"bands {adapter.bands}"} |
 | method | {method_of(adapter)} |
 | precision of the training | {adapter.metadata["precision"]} |
 
@@ -173,7 +174,7 @@ An automatic segmenter, which takes images and no prompts: a frozen Segment Anyt
 from convlora.adapter import load
 
 predictor = load("{REPO}"{own})
-found = predictor.predict("photo.jpg")
+found = predictor.predict("{"photo.jpg" if adapter.bands is None else "scene.tif"}")
 found.classes  # ids [h, w] at the image's own size
 found.prob     # their probability [h, w], 0 to 255
 ```

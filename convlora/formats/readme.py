@@ -41,6 +41,7 @@ def facts(adapter: Adapter, difference: float, source: str) -> dict[str, str]:
         "base": adapter.metadata["base"],
         "base_sha256": adapter.metadata["base_sha256"],
         "method": method_of(adapter),
+        **({} if adapter.bands is None else {"bands": adapter.bands.to_json()}),
         "trained_in": adapter.metadata["precision"],
         "largest_difference": f"{difference:.2e}",
         "compared_on": source,
@@ -70,6 +71,10 @@ def readme(adapter: Adapter, form: Form, difference: float, source: str) -> str:
     values = (
         f"RGB from 0 to 1, less {IMAGENET_MEAN}, divided by {IMAGENET_STD}: from {least:.2f} to {most:.2f}"
     )
+    photo, needs, read = "photo.jpg", form.needs, ""
+    if adapter.bands is not None:
+        photo, needs = "scene.tif", f"rasterio, {form.needs}"
+        read = f" RGB are the bands {adapter.bands}, of a file of bands counted from 1, as 0 to 255."
     return f"""# {", ".join(names)}: a segmenter without prompts
 
 {form.kind} in float32, `{form.file}`: {adapter.metadata["base"]}, fine-tuned by convlora with
@@ -80,7 +85,7 @@ def readme(adapter: Adapter, form: Form, difference: float, source: str) -> str:
 | input | `{INPUT}` | [{BATCH}, 3, {size}, {size}], float32 | {values} |
 | output | `{OUTPUT}` | [{BATCH}, {len(names)}, {size}, {size}], float32 | logits; {meaning} |
 
-`{BATCH}` is any number of images. An image is {resizing};
+`{BATCH}` is any number of images.{read} An image is {resizing};
 bicubic with antialiasing, as Pillow does. The part of the logits that the image fills is brought back to the
 image's own size, bilinear without antialiasing, before the decision.
 
@@ -91,7 +96,7 @@ image's own size, bilinear without antialiasing, before the decision.
 Largest difference of the logits from PyTorch's: {difference:.1e}, on {source} in batches of
 several sizes.
 
-The mask of `photo.jpg`, with {form.needs} (`mask.png` holds {"class ids" if several else "0 and 255"}):
+The mask of `{photo}`, with {needs} (`mask.png` holds {"class ids" if several else "0 and 255"}):
 
 ```python
 {snippet(adapter, form)}
@@ -101,6 +106,23 @@ The mask of `photo.jpg`, with {form.needs} (`mask.png` holds {"class ids" if sev
 
 def _ids(names: list[str]) -> list[tuple[int, str]]:
     return list(enumerate(names)) if len(names) > 1 else [(1, names[0])]
+
+
+def opening(adapter: Adapter) -> tuple[str, str]:
+    """Return the import and the lines that open an image as `image`, Pillow's."""
+    bands = adapter.bands
+    if bands is None:
+        return (
+            "from PIL import Image, ImageOps",
+            'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
+        )
+    low, high = ([pair[end] for pair in bands.ranges] for end in (0, 1))
+    return (
+        "import rasterio\nfrom PIL import Image",
+        f"""values = rasterio.open("scene.tif").read({list(bands.channels)}).astype(float).transpose(1, 2, 0)
+pixels = np.clip((values - {low}) / np.subtract({high}, {low}) * 255, 0, 255)
+image = Image.fromarray(np.rint(pixels).astype(np.uint8))""",
+    )
 
 
 def snippet(adapter: Adapter, form: Form) -> str:
@@ -115,12 +137,13 @@ def snippet(adapter: Adapter, form: Form) -> str:
     else:
         filled, pad = f"w, h = {size}, {size}", ""
     mask = "logits.argmax(axis=0).astype(np.uint8)" if several else "(logits[0] >= 0).astype(np.uint8) * 255"
+    imports, opened = opening(adapter)
     return f"""{form.imports}
 import numpy as np
-from PIL import Image, ImageOps
+{imports}
 
 {form.opening}
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+{opened}
 {filled}
 x = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC), np.float32) / 255
 x = ((x - np.float32({IMAGENET_MEAN})) / np.float32({IMAGENET_STD})).transpose(2, 0, 1){pad}

@@ -1,15 +1,18 @@
 """A segmenter as a checkpoint of segment-anything's, what was learnt merged into its weights."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from convlora.adapter import Adapter
 from convlora.data.transforms import LongestSideResize
 from convlora.formats.folder import full_disk
 from convlora.formats.graph import method_of
+from convlora.formats.readme import opening
 from convlora.heads import PerClassDecoder
 from convlora.peft.method import merge
 from convlora.sam import checkpoints
@@ -18,6 +21,7 @@ from convlora.schema import make
 
 WAY_OUT = "use format=onnx or torch, which hold all of it, or format=adapter"
 IOU_HEAD = "mask_decoder.iou_prediction_head."
+TOKENS = "mask_decoder.mask_tokens.weight"
 EPS = 1e-5  # of segment-anything's decoder
 
 
@@ -25,8 +29,9 @@ def write(adapter: Adapter, folder: Path, weights: str | None) -> str:
     """Write the checkpoint with a README beside it, and return what is to be known of it.
 
     Segment-anything's decoder has four mask tokens, which attend to one another, and the trained one has one:
-    three more would change its mask. So the checkpoint is that of a decoder of one mask,
-    `MaskDecoder(num_multimask_outputs=0)`, whose IoU head is that of the base for this mask.
+    three more change its mask. So there are two checkpoints: an exact one for a decoder of one mask,
+    `MaskDecoder(num_multimask_outputs=0)`, whose IoU head is that of the base for this mask; and one of four
+    masks, as `sam_model_registry` builds it, whose other tokens and IoU head are those of the base.
 
     Args:
         adapter: what is exported.
@@ -49,7 +54,7 @@ def write(adapter: Adapter, folder: Path, weights: str | None) -> str:
         reason = f"{method_of(adapter)} cannot be merged into the weights of SAM"
         raise ValueError(f"format=sam: {reason}; {WAY_OUT}") from error
     backbone: Backbone = make("model", json.loads(adapter.metadata["config"])["model"])
-    name = f"{backbone.name}.pth"
+    name, four = f"{backbone.name}.pth", f"{backbone.name}_four_masks.pth"
     state = {
         **{f"image_encoder.{key}": value for key, value in encoder.state_dict().items()},
         **{
@@ -57,32 +62,46 @@ def write(adapter: Adapter, folder: Path, weights: str | None) -> str:
             for key, value in adapter.segmenter.prompt_encoder.state_dict().items()
         },
         **{f"mask_decoder.{key}": value for key, value in decoder.state_dict().items()},
-        **iou_head(backbone, weights),
     }
-    state = {key: value.detach().float().contiguous() for key, value in state.items()}
+    base, _ = load_backbone(replace(backbone, weights=weights or backbone.weights))
+    untrained = {f"mask_decoder.{key}": value for key, value in base.mask_decoder.state_dict().items()}
     try:
-        checkpoints.write(folder / name, backbone.revert(state))
+        _save(folder / name, backbone, state | iou_head(untrained))
+        _save(folder / four, backbone, state | beside(untrained, state))
     except RuntimeError as error:  # PyTorch's own writer knows no other
         raise full_disk(folder, str(error).splitlines()[0]) from error
-    (folder / "README.md").write_text(readme(adapter, backbone, name))
+    (folder / "README.md").write_text(readme(adapter, backbone, name, four))
     return (
-        f"{name} for a decoder of one mask, at {backbone.image_size} px: build it as README.md says; its IoU "
-        "head is the base's and was not trained, so the quality that it predicts means nothing"
+        f"{name} for a decoder of one mask, at {backbone.image_size} px: build it as README.md says; {four} "
+        "as sam_model_registry builds it, whose mask differs somewhat, since its other mask tokens are the "
+        "base's and were not trained; nor was the IoU head of both, so what it predicts means nothing"
     )
 
 
-def iou_head(backbone: Backbone, weights: str | None) -> dict[str, Tensor]:
+def _save(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> None:
+    tensors = {key: value.detach().float().contiguous() for key, value in state.items()}
+    checkpoints.write(path, backbone.revert(tensors))
+
+
+def iou_head(untrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the base's IoU head, of whose last layer the row for the single mask alone."""
-    base, _ = load_backbone(replace(backbone, weights=weights or backbone.weights))
-    state = base.mask_decoder.iou_prediction_head.state_dict()
-    last = max(int(key.split(".")[1]) for key in state)
+    head = {key: value for key, value in untrained.items() if key.startswith(IOU_HEAD)}
+    last = max(int(key.removeprefix(IOU_HEAD).split(".")[1]) for key in head)
     return {
-        f"{IOU_HEAD}{key}": value[:1] if key.startswith(f"layers.{last}.") else value
-        for key, value in state.items()
+        key: value[:1] if key.startswith(f"{IOU_HEAD}layers.{last}.") else value
+        for key, value in head.items()
     }
 
 
-def readme(adapter: Adapter, backbone: Backbone, name: str) -> str:
+def beside(untrained: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the base's other mask tokens behind the trained one, their MLPs, and the base's IoU head."""
+    return {
+        TOKENS: torch.cat([state[TOKENS], untrained[TOKENS][1:].to(state[TOKENS])]),
+        **{key: value for key, value in untrained.items() if key not in state},
+    }
+
+
+def readme(adapter: Adapter, backbone: Backbone, name: str, four: str) -> str:
     """Return the README of a checkpoint, with a snippet that segments an image."""
     package = "mobile_sam" if isinstance(backbone, MobileSam) else "segment_anything"
     size = backbone.image_size
@@ -100,8 +119,10 @@ def readme(adapter: Adapter, backbone: Backbone, name: str) -> str:
 merged into the weights, by `{package}`'s own keys. It finds {label} without prompts, at {size} x {size}
 pixels. {shape}
 
-It is for a decoder of one mask, and so for no model as `sam_model_registry` builds it: there three more mask
-tokens take part in the attention, and change the mask. The IoU head is that of the base and was not trained:
+It is for a decoder of one mask, which the code below builds, and gives the trained masks exactly.
+`{four}` is for a decoder of four, as `sam_model_registry` builds it (for 1024 pixels): there three more
+mask tokens, the base's and untrained, take part in the attention, so that the mask differs somewhat; it is
+the first, that of `multimask_output=False`. The IoU head of both is that of the base and was not trained:
 what it predicts says nothing. Prompts change the mask in ways that nobody trained.
 
 ```python
@@ -148,10 +169,11 @@ for layer in sam.mask_decoder.transformer.layers:
         norm.eps = {backbone.decoder_eps}  # as in training"""
     )
     shown = "image" if isinstance(adapter.resize, LongestSideResize) else f"image.resize(({size}, {size}))"
+    imports, opened = opening(adapter)
     restored = "" if shown == "image" else ".resize(image.size)"
     return f"""{first}import numpy as np
 import torch
-from PIL import Image, ImageOps
+{imports}
 from {package} import SamPredictor
 from {package}.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from {package}.modeling.{module}
@@ -167,7 +189,7 @@ from {package}.modeling.{module}
 sam.load_state_dict(torch.load("{name}", weights_only=True)){eps}
 sam.eval(){after}
 predictor = SamPredictor(sam)
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+{opened}
 predictor.set_image(np.asarray({shown}))
 masks, _, low_res_logits = predictor.predict(multimask_output=False)
 Image.fromarray(masks[0]){restored}.save("mask.png")"""
