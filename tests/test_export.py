@@ -216,8 +216,8 @@ def test_the_snippet_of_an_adapter_of_bands_reads_them(tmp_path: Path) -> None:
     path = plant(tmp_path, LORA, "SquareResize", ONE, bands)
     trained = adapter.read(path)
     onnx.write(trained, tmp_path, make_trial(trained, None))
-    values = np.random.default_rng(0).integers(0, 6000, (4, 10, 12)).astype(np.uint16)
-    values = values.repeat(6, axis=1).repeat(6, axis=2)
+    values = np.random.default_rng(0).integers(0, 6000, (4, 11, 13)).astype(np.uint16)
+    values = values.repeat(6, axis=1).repeat(6, axis=2)[:, :60, :72]
     with rasterio.open(tmp_path / "scene.tif", "w", driver="GTiff", count=4, height=60, width=72,
                        dtype="uint16") as file:  # fmt: skip
         file.write(values)
