@@ -1,6 +1,7 @@
 """The file that users keep: trained tensors with all that is needed to use them again."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,6 +34,8 @@ from convlora.sam.zoo import Backbone
 from convlora.schema import Config, make
 from convlora.segmenter import Segmenter
 from convlora.task import check_agreement
+
+log = logging.getLogger(__name__)
 
 # A key that is absent means what it meant before it existed, so that later versions add keys.
 FORMAT = "convlora-adapter-3"
@@ -127,6 +130,9 @@ class LoadedPredictor(Predictor):
         file: what it is made of.
         base: the backbone.
         fabric: of the precision in which it computes.
+
+    Attributes:
+        metadata: of the adapter file.
     """
 
     def __init__(self, file: "_File", base: SharedSam, fabric: Fabric):
@@ -138,6 +144,7 @@ class LoadedPredictor(Predictor):
         side, colors = _median_side(file.metadata), file.class_colors
         super().__init__(segmenter.eval(), file.resize, colors, fabric.autocast, file.bands, side)
         self.base = base
+        self.metadata = file.metadata
 
     def with_adapter(self, checkpoint: str | Path, precision: str | None = None) -> "LoadedPredictor":
         """Return a predictor of another adapter on the same backbone, which is in memory once.
@@ -218,6 +225,15 @@ def _unusable(device: str, precision: str, error: Exception) -> ValueError:
         f"device={device} or precision={precision} cannot be used ({reason}); use device=auto, cpu or cuda, "
         "and precision=32-true, bf16-mixed or 16-mixed"
     )
+
+
+def say_prompts(name: str, metadata: Mapping[str, str]) -> None:
+    """Warn of prompts for an adapter that was trained without; `metadata` is its file's."""
+    if not json.loads(metadata["config"]).get("prompts", {}).get("box"):
+        log.warning(
+            f"{name} was trained without prompts (prompts.box=0), so that masks show what is left of SAM's own "
+            "sense of them; train prompts.box=0.5 for both"
+        )
 
 
 def find(checkpoint: str | Path) -> Path:

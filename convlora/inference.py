@@ -17,6 +17,7 @@ from convlora.data.bands import Bands
 from convlora.data.images import read_image
 from convlora.data.samples import to_tensor
 from convlora.data.transforms import NativeSize, Resize, eval_transform
+from convlora.prompts import Prompt, box_to_input, to_input
 from convlora.segmenter import Segmenter, restore_size, to_prediction
 from convlora.tiles import Grid, Tiling, choose_tiling
 
@@ -153,6 +154,54 @@ class Predictor:
         """Return RGB pixels [h, w, 3] as the network takes them [3, s, s]."""
         return to_tensor(self.transform(image=pixels)["image"])
 
+    def prompt(self, image: One, prompts: Sequence[Prompt]) -> list[Found]:
+        """Segment the objects of one image that prompts tell, one by one.
+
+        Args:
+            image: as of `predict`.
+            prompts: a box, or points, in pixels of the image, for each object.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: what `predict` raises, a prompt lies outside the image, or there are several classes.
+        """
+        if len(self.class_colors) > 1:
+            raise ValueError(
+                f"prompts tell one object from the rest, the adapter {len(self.class_colors)} classes apart "
+                f"({', '.join(self.class_colors)}); leave the prompts out"
+            )
+        pixels = self.read(image)
+        size = pixels.shape[0], pixels.shape[1]
+        name = str(image) if isinstance(image, str | Path) else "the image"
+        content = self.resize.content(*size)
+        for each in prompts:
+            each.check(*size, name)
+        device = self.segmenter.dense_prompt.device
+        tokens = [embed(self._whole, each, size, content, device) for each in prompts]
+        return [to_found(logits) for logits in self.objects(self.prepare(pixels), size, tokens)]
+
+    def objects(self, pixels: Tensor, size: tuple[int, int], prompts: Sequence[Tensor]) -> Tensor:
+        """Return the logits [k, 1, h, w] of the objects of one image at its own size.
+
+        Args:
+            pixels: what `prepare` made of it.
+            size: its height and width, px.
+            prompts: tokens of each object, as `Segmenter.embed` gives them.
+        """
+        segmenter = self._whole
+        training = segmenter.training
+        segmenter.eval()
+        with torch.inference_mode(), self.context():
+            [logits] = segmenter.prompted(pixels[None].to(segmenter.dense_prompt.device), [prompts])
+        segmenter.train(training)
+        return torch.stack([restore_size(each, self.resize.content(*size), size) for each in logits])
+
+    @property
+    def _whole(self) -> Segmenter:
+        if isinstance(self.segmenter, TiledSegmenter):
+            raise ValueError("prompts are for whole images, and this predictor cuts them; leave tiles out")
+        return self.segmenter
+
     def segment(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Found]:
         """Segment a batch.
 
@@ -187,6 +236,23 @@ def to_found(logits: Tensor) -> Found:
     """Return what logits [c, h, w] say."""
     classes, prob = to_prediction(logits)
     return Found(classes.cpu().numpy(), prob.cpu().numpy())
+
+
+def embed(
+    segmenter: Segmenter,
+    prompt: Prompt,
+    size: tuple[int, int],
+    content: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """Return the tokens [1, p, c] of a prompt in an image of that size; `content` as of `Resize`."""
+    box = points = labels = None
+    if prompt.box is not None:
+        box = box_to_input(torch.tensor([prompt.box]), size, content)[None].to(device)
+    if prompt.points:
+        points = to_input(torch.tensor(prompt.points), size, content)[None].to(device)
+        labels = torch.tensor([prompt.labels], device=device)
+    return segmenter.embed(box, points, labels)
 
 
 class TiledSegmenter(nn.Module):

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,32 @@ def predict_photos(items: Sequence[Item], predictor: Predictor, job: Job) -> lis
             for loaded, each in zip(good, found, strict=True):
                 files = loaded.item.files(job.output)
                 write(write_files, loaded.item.path, files, each, predictor, job.made_by)
+    return failures
+
+
+def predict_prompted(items: Sequence[Item], predictor: Predictor, job: Job) -> list[str]:
+    """Write the objects that prompts tell, a mask for each.
+
+    Args:
+        items: one for each prompt, those of an image in a row.
+        predictor: that segments them.
+        job: further settings.
+
+    Returns:
+        The errors of images that could not be read, or of prompts that do not lie in them.
+    """
+    failures: list[str] = []
+    images = [list(few) for _, few in groupby(items, key=lambda item: item.path)]
+    with writers() as write:
+        for few in job.track(images, "predict"):
+            prompts = [item.prompt for item in few if item.prompt is not None]
+            try:
+                found = predictor.prompt(few[0].path, prompts)
+            except (OSError, ValueError) as error:
+                failures.append(str(error))
+                continue
+            for item, each in zip(few, found, strict=True):
+                write(write_files, item.path, item.files(job.output), each, predictor, job.made_by)
     return failures
 
 

@@ -20,7 +20,8 @@ from convlora import adapter, run
 from convlora.cli import command, plain, refuse_idle
 from convlora.data.images import image_size
 from convlora.geotiff import check_place, is_scene, scene_size
-from convlora.photos import check_routing, predict_photos
+from convlora.photos import check_routing, predict_photos, predict_prompted
+from convlora.prompts import by_image, read_prompts
 from convlora.scenes import predict_scene
 from convlora.schema import Config
 from convlora.tiles import check_tile, choose_tiling
@@ -38,6 +39,7 @@ class PredictConfig:
     overlays: bool
     routing: bool
     polygons: bool
+    prompts_file: str | None
     overwrite: bool
     tiles: bool | None
     tile: int | None
@@ -65,6 +67,8 @@ def predict(config: PredictConfig) -> None:
         Item(image, name, is_scene(image, config.tiles), [*kinds, *polygons])
         for image, name in find_images(Path(config.input), output).items()
     ]
+    if config.prompts_file is not None:
+        items = with_prompts(config, items)
     check_items(config, items)
     made_by = identify(path, config)
     todo = left_to_do(items, output, made_by, config.overwrite)
@@ -80,6 +84,28 @@ def predict(config: PredictConfig) -> None:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
     if failures:
         raise SystemExit(1)
+
+
+def with_prompts(config: PredictConfig, items: Sequence[Item]) -> list[Item]:
+    """Return an item for each prompt, called NAME_1 and so on; images without prompts are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be understood, names no image, or another setting does not go with it.
+    """
+    for name in ("tiles", "routing", "polygons"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name}=true is for whole images without prompts; leave out {name} or prompts_file"
+            )
+    source = Path(config.prompts_file or "")
+    names = {item.path: f"{item.name.removesuffix(item.path.suffix)}{item.path.suffix}" for item in items}
+    prompts = by_image(read_prompts(source), names, source)
+    return [
+        replace(item, name=f"{item.name}_{number}", is_scene=False, prompt=prompt)
+        for item in items
+        for number, prompt in enumerate(prompts.get(item.path, ()), start=1)
+    ]
 
 
 def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
@@ -116,7 +142,8 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
 
 def identify(path: Path, config: PredictConfig) -> str:
     """Return what tells the masks of an adapter and of settings from those of others."""
-    settings = [config.precision, config.tiles, config.tile, config.overlap]
+    prompts = None if config.prompts_file is None else Path(config.prompts_file).read_text()
+    settings = [config.precision, config.tiles, config.tile, config.overlap, prompts]
     content = hashlib.sha256(path.read_bytes()).hexdigest() + json.dumps(settings)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -174,6 +201,9 @@ def predict_share(
     photos = [item for item in items if not item.is_scene]
     scenes = [item for item in items if item.is_scene]
     failures = []
+    if config.prompts_file is not None:
+        adapter.say_prompts(config.checkpoint, predictor.metadata)
+        return predict_prompted(photos, predictor, job)
     if photos and config.tiles:
         cut = predictor.tiled(config.tile, config.overlap, size)
         failures += predict_photos(photos, cut, replace(job, batch_size=1))

@@ -57,6 +57,7 @@ class TrainConfig:
     resize: Config
     test_sets: list[str]
     seed: int
+    prompts: Config
     match: int | None
     data_root: str
     run_dir: str
@@ -166,7 +167,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         **({} if bands is None else {"bands": bands.to_json()}),
     }
     task = SegmentationTask(
-        segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed
+        segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed, parts.prompts
     )
     last = folder / run.LAST
     if config.resume and last.is_file():  # a run that saved nothing yet begins anew

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from convlora import draw
 from convlora.data.bands import load_rasterio
 from convlora.data.images import list_images
+from convlora.prompts import Prompt
 
 MADE_BY = "CONVLORA"  # names the mark in the files
 TIFF = (".tif", ".tiff")
@@ -32,12 +33,14 @@ class Item:
         name: of its files, without ending, relative to their folders.
         is_scene: whether it is read and written by windows, as GeoTIFF.
         kinds: folders in the output's, as `probabilities`; the mask itself is "".
+        prompt: tells the object that is meant; None where all of the foreground is.
     """
 
     path: Path
     name: str
     is_scene: bool
     kinds: Sequence[str]
+    prompt: Prompt | None = None
 
     def files(self, output: Path) -> dict[str, Path]:
         """Return the files that are made of the image, by their kind."""
