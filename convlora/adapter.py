@@ -231,8 +231,8 @@ def say_prompts(name: str, metadata: Mapping[str, str]) -> None:
     """Warn of prompts for an adapter that was trained without; `metadata` is its file's."""
     if not json.loads(metadata["config"]).get("prompts", {}).get("box"):
         log.warning(
-            f"{name} was trained without prompts (prompts.box=0), so that masks show what is left of SAM's own "
-            "sense of them; train prompts.box=0.5 for both"
+            f"{name} was trained without prompts (prompts.box=0), so that masks show what is left of SAM's "
+            "own sense of them; train prompts.box=0.5 for both"
         )
 
 
