@@ -24,7 +24,7 @@ from convlora.cli import command, refuse_idle
 from convlora.data.images import image_size
 from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import LongestSideResize, NativeSize, Resize
-from convlora.heads import PerClass
+from convlora.heads import SamsOwn
 from convlora.inference import TiledSegmenter
 from convlora.peft.selective import DecoderOnly
 from convlora.routing import Routing
@@ -163,7 +163,7 @@ def untrained(config: EvaluateConfig) -> Adapter:
     resize: Resize = LongestSideResize(size) if config.resize is None else make("resize", config.resize)
     if backbone.is_random:
         log.warning(f"{backbone.name} has random weights, so its scores mean nothing")
-    segmenter, identity = make_segmenter(backbone, DecoderOnly(), PerClass(), 1)
+    segmenter, identity = make_segmenter(backbone, DecoderOnly(), SamsOwn(), 1)
     precision = config.precision or "32-true"
     check_precision("precision", precision)
     colors = {"foreground": [255, 255, 255]}

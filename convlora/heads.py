@@ -103,3 +103,39 @@ class PerClassDecoder(MaskDecoder):
 
     def logits(self, outputs: Tensor) -> Tensor:
         return outputs
+
+
+@dataclass(frozen=True)
+class SamsOwn:
+    """SAM's decoder as it is, all of its mask tokens included: they attend to one another."""
+
+    def build(self, decoder: SamMaskDecoder, num_classes: int) -> "SamsOwnDecoder":
+        if num_classes > 1:
+            raise ValueError(
+                f"SAM as it is tells a foreground from the rest and not {num_classes} classes apart; train a "
+                "segmenter, checkpoint=RUN"
+            )
+        return SamsOwnDecoder(decoder)
+
+
+class SamsOwnDecoder(PerClassDecoder):
+    """Gives the mask of SAM's token 0, the one for unambiguous prompts; there to be scored, not trained.
+
+    Args:
+        decoder: SAM's decoder; its parts are taken over.
+    """
+
+    def __init__(self, decoder: SamMaskDecoder):
+        super().__init__(decoder, num_masks=1)
+        self.mask_tokens = decoder.mask_tokens
+        self.output_hypernetworks_mlps = decoder.output_hypernetworks_mlps
+
+    def outputs(
+        self,
+        embeddings: Tensor,
+        position_encoding: Tensor,
+        dense_prompt: Tensor,
+        size: tuple[int, int],
+        prompts: Tensor | None = None,
+    ) -> Tensor:
+        return super().outputs(embeddings, position_encoding, dense_prompt, size, prompts)[:, :1]
