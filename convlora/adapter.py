@@ -255,6 +255,7 @@ def find(checkpoint: str | Path) -> Path:
             f"`python -m convlora.export {in_shell('checkpoint', path)}` makes one of its best epoch so far"
         )
     if not path.parent.exists() and (named := REPOSITORY.fullmatch(str(checkpoint))):
+        log.warning(f"{checkpoint}: no such folder, taken from the Hugging Face Hub")
         return fetch_from_hub(named[1], named[2], NAME)
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")

@@ -21,7 +21,7 @@ from convlora.build import (
 )
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
 from convlora.cli import command, refuse_idle
-from convlora.data.images import image_size
+from convlora.data.images import allow_large_images, image_size
 from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import LongestSideResize, NativeSize, Resize
 from convlora.heads import SamsOwn
@@ -79,6 +79,7 @@ def evaluate(config: EvaluateConfig) -> None:
     name = config.checkpoint or f"model={trained.metadata['base']}"
     segmenter, resize, settings, tiling = trained.segmenter, trained.resize, config.loading, None
     if config.tiles:
+        allow_large_images()
         tiling = choose_tiling(config.tile, config.overlap, trained.median_side, name)
         tiled = TiledSegmenter(segmenter, resize, tiling, settings["batch_size"])
         segmenter = cast(Segmenter, tiled)  # in whose place it stands, since nothing is trained here
@@ -91,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> None:
     for test in tests:  # a missing set should not come out after the others
         test.setup("test")
         test.use_bands(trained.bands, "test")
-    if config.tile is not None:
+    if config.tile is not None and not data.drawn:
         images = [pair.image for pair in data.listed("test")]
         check_tile(config.tile, ((image, image_size(image, trained.bands)) for image in images))
     check_classes(name, list(trained.class_colors), data)
@@ -126,6 +127,7 @@ def evaluate(config: EvaluateConfig) -> None:
         "dataset": data.name,
         "precision": str(trainer.precision),
         "tile": None if tiling is None else tiling.side,
+        "overlap": None if tiling is None else tiling.overlap,
         **counts[data.name],
         **results[data.name],
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -10,11 +11,11 @@ import albumentations as A
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from convlora.data.bands import Bands
-from convlora.data.images import read_image
+from convlora.data.images import allow_large_images, read_image, to_rgb
 from convlora.data.samples import to_tensor
 from convlora.data.transforms import NativeSize, Resize, eval_transform
 from convlora.prompts import Prompt, box_to_input, to_input
@@ -49,7 +50,7 @@ class Predictor:
         median_side: of the longer sides of the images trained on, px; None where it is not known.
 
     Attributes:
-        transform: makes the network's input of an image.
+        prepare: makes the network's input [3, s, s] of RGB pixels [h, w, 3]; holds nothing of the model.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Predictor:
         self.context = context
         self.bands = bands
         self.median_side = median_side
-        self.transform: A.Compose = eval_transform(resize)
+        self.prepare: Callable[[Pixels], Tensor] = partial(as_input, eval_transform(resize))
 
     @overload
     def predict(self, images: str | Path | Image.Image, batch_size: int = 4) -> Found: ...
@@ -113,7 +114,7 @@ class Predictor:
         if isinstance(image, str | Path):
             return read_image(Path(image), self.bands)
         if isinstance(image, Image.Image) and self.bands is None:
-            image = image.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image), "the image")
         pixels = np.asarray(image)
         if self.bands is not None:
             if pixels.ndim != 3:
@@ -145,14 +146,11 @@ class Predictor:
         if isinstance(self.segmenter, TiledSegmenter):
             raise ValueError("this predictor cuts images already; call tiled of the one that load returned")
         tiling = choose_tiling(tile, overlap, self.median_side, "the adapter")
+        allow_large_images()
         segmenter = TiledSegmenter(self.segmenter, self.resize, tiling, batch_size)
         return Predictor(
             segmenter, NativeSize(), self.class_colors, self.context, self.bands, self.median_side
         )
-
-    def prepare(self, pixels: Pixels) -> Tensor:
-        """Return RGB pixels [h, w, 3] as the network takes them [3, s, s]."""
-        return to_tensor(self.transform(image=pixels)["image"])
 
     def prompt(self, image: One, prompts: Sequence[Prompt]) -> list[Found]:
         """Segment the objects of one image that prompts tell, one by one.
@@ -232,6 +230,11 @@ class Predictor:
         ]
 
 
+def as_input(transform: A.Compose, pixels: Pixels) -> Tensor:
+    """Return RGB pixels [h, w, 3] as the network takes them [3, s, s]."""
+    return to_tensor(transform(image=pixels)["image"])
+
+
 def to_found(logits: Tensor) -> Found:
     """Return what logits [c, h, w] say."""
     classes, prob = to_prediction(logits)
@@ -270,6 +273,7 @@ class TiledSegmenter(nn.Module):
     def __init__(self, segmenter: Segmenter, resize: Resize, tiling: Tiling, batch_size: int):
         super().__init__()
         self.segmenter = segmenter
+        self.training = segmenter.training  # else to go back to it would switch the segmenter's
         self.tiling = tiling
         self.batch_size = batch_size
         self.windows = Predictor(segmenter, resize, {}, nullcontext)

@@ -96,7 +96,7 @@ def predict_photos(items: Sequence[Item], predictor: Predictor, job: Job) -> lis
                 write_routing(good, predictor, job)
             for loaded, each in zip(good, found, strict=True):
                 files = loaded.item.files(job.output)
-                write(write_files, loaded.item.path, files, each, predictor, job.made_by)
+                write(write_files, loaded.item, files, each, predictor)
     return failures
 
 
@@ -122,7 +122,7 @@ def predict_prompted(items: Sequence[Item], predictor: Predictor, job: Job) -> l
                 failures.append(str(error))
                 continue
             for item, each in zip(few, found, strict=True):
-                write(write_files, item.path, item.files(job.output), each, predictor, job.made_by)
+                write(write_files, item, item.files(job.output), each, predictor)
     return failures
 
 
@@ -142,17 +142,15 @@ def writers() -> Iterator[Callable[..., None]]:
             future.result()
 
 
-def write_files(
-    source: Path, files: dict[str, Path], found: Found, predictor: Predictor, made_by: str
-) -> None:
+def write_files(item: Item, files: dict[str, Path], found: Found, predictor: Predictor) -> None:
     """Write the mask of one image and what else was asked for, the mask last."""
     colors = predictor.class_colors
     if "probabilities" in files:
-        save(Image.fromarray(found.prob), files["probabilities"], made_by)
+        save(Image.fromarray(found.prob), files["probabilities"], item.made_by)
     if "overlays" in files:
-        image = read_image(source, predictor.bands)
-        save(as_overlay(image, found.classes, colors), files["overlays"], made_by)
-    save(as_mask(found.classes, colors), files[""], made_by)
+        image = read_image(item.path, predictor.bands)
+        save(as_overlay(image, found.classes, colors), files["overlays"], item.made_by)
+    save(as_mask(found.classes, colors), files[""], item.made_by)
 
 
 def write_routing(items: Sequence[Loaded], predictor: Predictor, job: Job) -> None:
@@ -170,4 +168,4 @@ def write_routing(items: Sequence[Loaded], predictor: Predictor, job: Job) -> No
             scales,
             picture,
         )
-        save(Image.open(picture), loaded.item.files(job.output)["routing"], job.made_by)
+        save(Image.open(picture), loaded.item.files(job.output)["routing"], loaded.item.made_by)

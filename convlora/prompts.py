@@ -86,7 +86,7 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
     if not path.is_file():
         raise FileNotFoundError(f"prompts_file={path}: no such file; write {example}")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         return {name: [_prompt(each) for each in prompts] for name, prompts in content.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"prompts_file={path} cannot be understood ({error}); write {example}") from error
