@@ -109,7 +109,7 @@ def compare(form: str, segmenter: Segmenter, run: Callable[[Tensor], Tensor], tr
     """Return by how much the logits of another form differ at most.
 
     Raises:
-        ValueError: by more than rounding explains, or they are no numbers.
+        ValueError: by more than 1e-4, or by more than 1e-5 of logits beyond 10, or they are no numbers.
     """
     pairs = [(run(batch), segmenter(batch)) for batch in trial.batches()]
     difference = float(torch.stack([(found - right).abs().max() for found, right in pairs]).max())
