@@ -15,6 +15,7 @@ from convlora.data.images import image_size
 from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import NativeSize
 from convlora.inference import TiledSegmenter
+from convlora.losses import is_balanced, takes_outputs
 from convlora.routing import Routing
 from convlora.schema import Config, make
 from convlora.segmenter import Segmenter
@@ -80,6 +81,17 @@ def evaluate(config: EvaluateConfig) -> None:
         images = [pair.image for pair in data.listed("test")]
         check_tile(config.tile, ((image, image_size(image, trained.bands)) for image in images))
     check_classes(config.checkpoint, list(trained.class_colors), data)
+    loss = make_loss(config.loss, trained.segmenter)
+    if is_balanced(loss):
+        raise ValueError(
+            "loss.class_weights=balanced follows from training images; give the numbers that the training "
+            "told, as loss.class_weights=[1,2.5], or leave it out"
+        )
+    if tiling is not None and takes_outputs(loss):
+        raise ValueError(
+            "this loss is one of the head's outputs, but tiles=true blends the logits of windows; leave loss "
+            "out, or tiles"
+        )
     table, output = run.ScoreTable(), Path(config.output)
     callbacks = [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
     if tiling is None:  # which cut images do not pass through as wholes
@@ -87,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> None:
     trainer = make_trainer(config.trainer, callbacks, precision=trained.precision, enable_checkpointing=False)
     task = SegmentationTask(
         segmenter,
-        make_loss(config.loss, trained.segmenter),
+        loss,
         make("metrics", config.metrics, class_names=data.class_names),
         torch.optim.AdamW,
         trained.metadata,

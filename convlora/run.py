@@ -62,6 +62,7 @@ FREE = (
 LATER: dict[str, Any] = {
     "loading.channels": None,
     "loading.percentiles": [2, 98],
+    "loss.class_weights": None,
     "model.decoder_eps": 1e-5,
     "peft.b_rate": 1.0,
     "peft.gate.sees": "mean",
