@@ -3,5 +3,16 @@
 import subprocess
 import sys
 
-for name in ("experts", "attention", "step", "gates", "memory", "predict", "scores", "resize"):
+for name in (
+    "experts",
+    "attention",
+    "step",
+    "gates",
+    "memory",
+    "predict",
+    "folder",
+    "scenes",
+    "scores",
+    "resize",
+):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

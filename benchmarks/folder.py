@@ -20,9 +20,9 @@ from benchmarks.measure import alternate, default_device, ratio, report, warm_he
 from benchmarks.step import METHODS, Setting, backbone
 from convlora.data.transforms import SquareResize
 from convlora.inference import Predictor
-from convlora.predict import PredictConfig, predict_photos
+from convlora.photos import predict_photos
 from convlora.segmenter import Segmenter
-from convlora.writing import Item
+from convlora.writing import Item, Job
 
 SIDE, BATCH = 512, 4
 SETTINGS = (("mobile_sam", 256),)
@@ -34,7 +34,7 @@ def make_images(folder: Path, count: int) -> list[Item]:
     for index in range(count):
         coarse = rng.integers(0, 255, (SIDE // 8, SIDE // 8, 3), np.uint8)
         cv2.imwrite(str(folder / f"{index}.jpg"), cv2.resize(coarse, (SIDE, SIDE)))
-    return [Item(folder / f"{index}.jpg", str(index), False, [""]) for index in range(count)]
+    return [Item(folder / f"{index}.jpg", str(index), False, [""], "me") for index in range(count)]
 
 
 def make_calls(
@@ -54,13 +54,8 @@ def make_calls(
                 segmenter(inputs)
 
     def whole() -> None:
-        fresh = str(folder / f"{time.monotonic_ns()}")
-        config = PredictConfig(
-            checkpoint="", input="", output=fresh, probabilities=False, overlays=False, routing=False,
-            polygons=False, overwrite=False, tiles=None, tile=None, overlap=0.25, batch_size=BATCH,
-            num_workers=2, device=device, devices=1, precision=None, model={},
-        )  # fmt: skip
-        predict_photos(predictor, items, config, "benchmark", lambda steps: steps)
+        fresh = folder / f"{time.monotonic_ns()}"
+        predict_photos(items, predictor, Job(fresh, True, BATCH, 2, lambda steps, title: steps))
 
     return {"model": alone, "predict": whole}
 

@@ -24,9 +24,10 @@ from benchmarks.measure import memory, report
 from benchmarks.step import METHODS, Setting, backbone
 from convlora.data.transforms import SquareResize
 from convlora.inference import Predictor
-from convlora.scenes import Writing, segment_scene
+from convlora.scenes import predict_scene
 from convlora.segmenter import Segmenter
 from convlora.tiles import Tiling
+from convlora.writing import Item, Job
 
 BLOCK = 512
 CASES = (("one convolution", 2000), ("one convolution", 20000), ("mobile_sam", 4000))
@@ -69,9 +70,11 @@ def measure(model: str, side: int, folder: Path) -> dict[str, Any]:
     predictor = Predictor(segmenter, SquareResize(256), {"thing": [255, 0, 0]}, nullcontext)
     predictor.predict(np.zeros((512, 512, 3), np.uint8))
     before, start = memory("VmRSS"), time.perf_counter()
-    mask, probs = folder / "mask.tif", folder / "probabilities.tif"
-    writing = Writing("benchmark", 4, 0, lambda steps: steps)
-    segment_scene(folder / f"{side}.tif", mask, probs, predictor, Tiling(512), writing)
+    item = Item(
+        folder / f"{side}.tif", f"{side}_mask", is_scene=True, kinds=["", "probabilities"], made_by="me"
+    )
+    job = Job(folder, True, 4, 0, lambda steps, title: steps)
+    predict_scene(item, predictor, Tiling(512), job)
     taken = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"model": model, "px": side, "MiB beyond the model": peak - before, "seconds": taken}

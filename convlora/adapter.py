@@ -1,6 +1,8 @@
 """The file that users keep: trained tensors with all that is needed to use them again."""
 
 import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -22,6 +24,7 @@ from convlora.build import (
 )
 from convlora.data.bands import Bands
 from convlora.data.transforms import Resize
+from convlora.fetch import fetch_from_hub
 from convlora.heads import Head
 from convlora.inference import Predictor
 from convlora.peft.method import Method
@@ -32,10 +35,14 @@ from convlora.schema import Config, make
 from convlora.segmenter import Segmenter
 from convlora.task import check_agreement
 
+log = logging.getLogger(__name__)
+
 # A key that is absent means what it meant before it existed, so that later versions add keys.
 FORMAT = "convlora-adapter-3"
 NAME = "adapter.safetensors"
 WAY_OUT = "set model.weights=PATH to the weights it was trained on"
+# Of the hub, USER/REPO@REVISION, and no file's name
+REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*?(?<!\.safetensors)(?<!\.ckpt))(?:@([\w./-]+))?")
 # What an adapter file may ask to be built: its config comes from whoever made the file.
 PACKAGES = {
     "model": "convlora.sam.",
@@ -123,6 +130,9 @@ class LoadedPredictor(Predictor):
         file: what it is made of.
         base: the backbone.
         fabric: of the precision in which it computes.
+
+    Attributes:
+        metadata: of the adapter file.
     """
 
     def __init__(self, file: "_File", base: SharedSam, fabric: Fabric):
@@ -134,6 +144,7 @@ class LoadedPredictor(Predictor):
         side, colors = _median_side(file.metadata), file.class_colors
         super().__init__(segmenter.eval(), file.resize, colors, fabric.autocast, file.bands, side)
         self.base = base
+        self.metadata = file.metadata
 
     def with_adapter(self, checkpoint: str | Path, precision: str | None = None) -> "LoadedPredictor":
         """Return a predictor of another adapter on the same backbone, which is in memory once.
@@ -175,7 +186,7 @@ def load(
     A backbone that another predictor holds on the same device is shared with it and not read again.
 
     Args:
-        checkpoint: a run's folder, or an adapter file.
+        checkpoint: a run's folder, an adapter file, or USER/REPO of the Hugging Face Hub.
         weights: base weights, where they lie elsewhere than at training.
         precision: to compute in; None takes that of the training.
         device: `auto`, a GPU where there is one, or `cpu`, `cuda`, `cuda:1`.
@@ -216,11 +227,24 @@ def _unusable(device: str, precision: str, error: Exception) -> ValueError:
     )
 
 
+def say_prompts(name: str, metadata: Mapping[str, str]) -> None:
+    """Warn of prompts for an adapter that was trained without; `metadata` is its file's."""
+    if not json.loads(metadata["config"]).get("prompts", {}).get("box"):
+        log.warning(
+            f"{name} was trained without prompts (prompts.box=0), so that masks show what is left of SAM's "
+            "own sense of them; train prompts.box=0.5 for both"
+        )
+
+
 def find(checkpoint: str | Path) -> Path:
-    """Return the adapter file that a run's folder holds, or the file itself.
+    """Return the adapter file that a run's folder holds, or the file itself, or one of the Hugging Face Hub.
+
+    Args:
+        checkpoint: a path; or USER/REPO or USER/REPO@REVISION, where there is no folder USER.
 
     Raises:
         FileNotFoundError: there is none.
+        OSError: the hub cannot be reached.
     """
     path = Path(checkpoint)
     if (path / NAME).is_file():
@@ -230,6 +254,9 @@ def find(checkpoint: str | Path) -> Path:
             f"{path} has not ended and has no adapter yet; "
             f"`python -m convlora.export {in_shell('checkpoint', path)}` makes one of its best epoch so far"
         )
+    if not path.parent.exists() and (named := REPOSITORY.fullmatch(str(checkpoint))):
+        log.warning(f"{checkpoint}: no such folder, taken from the Hugging Face Hub")
+        return fetch_from_hub(named[1], named[2], NAME)
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")
     return path

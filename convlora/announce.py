@@ -48,6 +48,9 @@ def announce(config: Any, parts: Parts, folder: Path, trainer: Trainer | None) -
         "head": spell(config.head),
         "loss": spell(config.loss),
         "class weights": parts.loss.told(data.class_names) if is_balanced(parts.loss) else None,
+        "prompts": f"a box in {parts.prompts.box:.0%} of the steps, none in the others"
+        if parts.prompts.box
+        else None,
         "scores": f"{', '.join(parts.scores.names)}; {best.monitor} ({best.mode}) chooses the epoch",  # type: ignore[attr-defined]
         "optimiser": f"{spell(config.optimizer)}, lr falling linearly to 0 at each step",
         "schedule": describe_schedule(data, config.trainer, devices, size),

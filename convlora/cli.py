@@ -288,10 +288,8 @@ def _explain(error: Exception, full: bool) -> str:
     """Return the line that tells a user of an error; `full` also prints the traceback."""
     if full:
         traceback.print_exc()
-    message = str(error)
-    if message.startswith("Caught "):  # a loader process wraps its error in a traceback
-        message = re.split(r"^\S*Error: ", message, flags=re.MULTILINE)[-1]
-    elif isinstance(error, MissingMandatoryValue):
+    message = plain(error)
+    if isinstance(error, MissingMandatoryValue):
         message = f"{error.full_key} must be given; write {error.full_key}=VALUE"
     elif isinstance(error, OmegaConfBaseException):  # what follows are its internals
         message = message.splitlines()[0]
@@ -301,6 +299,14 @@ def _explain(error: Exception, full: bool) -> str:
     elif isinstance(error, HydraException):  # which quotes arguments as `_loosen` left them
         message = re.sub(r"\+\+(?=\w)|See https://hydra\S+.*", "", message)
     return f"error: {' '.join(message.split())}"
+
+
+def plain(error: Exception) -> str:
+    """Return an error's own words, of which a loader process makes a traceback."""
+    message = str(error)
+    if message.startswith("Caught "):
+        message = re.split(r"^\S*Error: ", message, flags=re.MULTILINE)[-1].strip()
+    return message
 
 
 def _quiet() -> None:

@@ -1,4 +1,4 @@
-"""Heads: how SAM's mask decoder, without prompts, comes to tell classes apart.
+"""Heads: how SAM's mask decoder, mostly without prompts, comes to tell classes apart.
 
 A head is a recipe. The decoder that it builds gives `outputs`, and `logits(outputs)` for all but the losses
 that are functions of the outputs; those are taken at the size of the network's input.
@@ -25,7 +25,12 @@ class MaskDecoder(nn.Module, ABC):
 
     @abstractmethod
     def outputs(
-        self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor, size: tuple[int, int]
+        self,
+        embeddings: Tensor,
+        position_encoding: Tensor,
+        dense_prompt: Tensor,
+        size: tuple[int, int],
+        prompts: Tensor | None = None,
     ) -> Any:
         """Return, in float32, logits or tensors that amount to them, of which a loss may be a function.
 
@@ -34,6 +39,7 @@ class MaskDecoder(nn.Module, ABC):
             position_encoding: of the grid [1, c, h, w].
             dense_prompt: the embedding of "no mask" [1, c, h, w].
             size: of the network's input.
+            prompts: tokens [n, p, c] of a box or of points in each image, where it is prompted.
         """
 
     @abstractmethod
@@ -110,15 +116,18 @@ class TokenDecoder(MaskDecoder):
         self.output_hypernetworks_mlps = nn.ModuleList(deepcopy(mlp) for _ in range(num_mlps))
 
     def attend(
-        self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor
+        self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor, prompts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return what mask tokens [n, tokens, c] and image [n, c / 8, 4 h, 4 w] become; see `outputs`."""
         n, c, h, w = embeddings.shape
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(n, -1, -1)
+        if prompts is not None:
+            tokens = torch.cat([tokens, prompts], dim=1)
         tokens, features = self.transformer(
             embeddings + dense_prompt, position_encoding.expand(n, -1, -1, -1), tokens
         )
-        return tokens[:, 1:], self.output_upscaling(features.transpose(1, 2).reshape(n, c, h, w))
+        tokens = tokens[:, 1 : 1 + len(self.mask_tokens.weight)]
+        return tokens, self.output_upscaling(features.transpose(1, 2).reshape(n, c, h, w))
 
 
 class PerClassDecoder(TokenDecoder):
@@ -135,10 +144,15 @@ class PerClassDecoder(TokenDecoder):
         super().__init__(decoder, first_token(decoder).repeat(num_masks, 1), num_masks)
 
     def outputs(
-        self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor, size: tuple[int, int]
+        self,
+        embeddings: Tensor,
+        position_encoding: Tensor,
+        dense_prompt: Tensor,
+        size: tuple[int, int],
+        prompts: Tensor | None = None,
     ) -> Tensor:
         """Return mask logits [n, num_masks, *size] in float32."""
-        tokens, features = self.attend(embeddings, position_encoding, dense_prompt)
+        tokens, features = self.attend(embeddings, position_encoding, dense_prompt, prompts)
         kernels = [mlp(tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
         logits = torch.einsum("nkc,nchw->nkhw", torch.stack(kernels, dim=1), features)
         return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
@@ -163,10 +177,15 @@ class QueryDecoder(TokenDecoder):
         self.output_classifier = nn.Linear(tokens.shape[1], num_classes + 1)
 
     def outputs(
-        self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor, size: tuple[int, int]
+        self,
+        embeddings: Tensor,
+        position_encoding: Tensor,
+        dense_prompt: Tensor,
+        size: tuple[int, int],
+        prompts: Tensor | None = None,
     ) -> Queries:
         """Return logits of classes and of masks, the latter four times as fine as the embeddings."""
-        tokens, features = self.attend(embeddings, position_encoding, dense_prompt)
+        tokens, features = self.attend(embeddings, position_encoding, dense_prompt, prompts)
         masks = torch.einsum("nqc,nchw->nqhw", self.output_hypernetworks_mlps[0](tokens), features)
         return Queries(self.output_classifier(tokens).float(), masks.float(), size)
 
@@ -191,3 +210,39 @@ def first_token(decoder: SamMaskDecoder) -> Tensor:
     """Return SAM's mask token for unambiguous prompts [1, c]."""
     tokens: Tensor = decoder.mask_tokens.weight.detach()[:1]
     return tokens
+
+
+@dataclass(frozen=True)
+class SamsOwn:
+    """SAM's decoder as it is, all of its mask tokens included: they attend to one another."""
+
+    def build(self, decoder: SamMaskDecoder, num_classes: int) -> "SamsOwnDecoder":
+        if num_classes > 1:
+            raise ValueError(
+                f"SAM as it is tells a foreground from the rest and not {num_classes} classes apart; train a "
+                "segmenter, checkpoint=RUN"
+            )
+        return SamsOwnDecoder(decoder)
+
+
+class SamsOwnDecoder(PerClassDecoder):
+    """Gives the mask of SAM's token 0, the one for unambiguous prompts; there to be scored, not trained.
+
+    Args:
+        decoder: SAM's decoder; its parts are taken over.
+    """
+
+    def __init__(self, decoder: SamMaskDecoder):
+        super().__init__(decoder, num_masks=1)
+        self.mask_tokens = decoder.mask_tokens
+        self.output_hypernetworks_mlps = decoder.output_hypernetworks_mlps
+
+    def outputs(
+        self,
+        embeddings: Tensor,
+        position_encoding: Tensor,
+        dense_prompt: Tensor,
+        size: tuple[int, int],
+        prompts: Tensor | None = None,
+    ) -> Tensor:
+        return super().outputs(embeddings, position_encoding, dense_prompt, size, prompts)[:, :1]

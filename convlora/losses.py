@@ -6,8 +6,8 @@ outputs instead.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -187,6 +187,87 @@ def is_balanced(loss: nn.Module) -> TypeGuard[ClassWeighted]:
 def takes_outputs(loss: nn.Module) -> bool:
     """Return whether a loss is one of the head's outputs, where others are of logits."""
     return bool(getattr(loss, "takes_outputs", False))
+
+
+class SoftClDiceLoss(nn.Module):
+    """Soft centreline Dice loss of thin things (Shit et al., "clDice", CVPR 2021, arXiv:2003.07311).
+
+    The harmonic mean of two shares: of the prediction's skeleton that lies in the mask, and of the mask's
+    skeleton that lies in the prediction. It rewards whole lines, whatever their width, so another loss has to
+    stand beside it.
+
+    Args:
+        iterations: of the soft skeleton, at least half the width of the widest thing, px.
+    """
+
+    def __init__(self, iterations: int = 10):
+        super().__init__()
+        if iterations < 1:
+            raise ValueError(
+                f"iterations={iterations} must be at least 1, half the width of the widest thing in pixels"
+            )
+        self.iterations = iterations
+
+    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        logits, target, valid = _binary(logits, masks)
+        probs = torch.sigmoid(logits) * valid
+        found = _share(soft_skeleton(probs, self.iterations), target)
+        hit = _share(soft_skeleton(target, self.iterations), probs)
+        return (1 - 2 * found * hit / (found + hit)).mean()
+
+
+def soft_skeleton(probs: Tensor, iterations: int) -> Tensor:
+    """Return the soft skeleton of maps [n, 1, h, w] with values of 0 to 1.
+
+    It is what the openings of the erosions leave over; of a mask the morphological skeleton.
+    """
+    skeleton = torch.zeros_like(probs)
+    for _ in range(iterations + 1):
+        eroded = _erode(probs)
+        ridge = F.relu(probs - F.max_pool2d(eroded, 3, stride=1, padding=1))
+        skeleton = skeleton + F.relu(ridge - skeleton * ridge)
+        probs = eroded
+    return skeleton
+
+
+def _erode(probs: Tensor) -> Tensor:
+    """Return the least value of each pixel and its four neighbours."""
+    rows = -F.max_pool2d(-probs, (3, 1), stride=1, padding=(1, 0))
+    return torch.minimum(rows, -F.max_pool2d(-probs, (1, 3), stride=1, padding=(0, 1)))
+
+
+def _share(skeleton: Tensor, region: Tensor) -> Tensor:
+    """Return which share of each skeleton lies in the region [n]; of an empty one all of it does."""
+    return ((skeleton * region).sum(dim=(1, 2, 3)) + 1) / (skeleton.sum(dim=(1, 2, 3)) + 1)
+
+
+class Weighted(nn.Module):
+    """A sum of losses, each with its weight.
+
+    Args:
+        terms: the losses by name.
+        weights: by the same names, at least 0.
+    """
+
+    def __init__(self, terms: Mapping[str, nn.Module], weights: Mapping[str, float]):
+        super().__init__()
+        if terms.keys() != weights.keys() or not terms:
+            raise ValueError(
+                f"loss.weights has {', '.join(weights)}, but loss.terms {', '.join(terms)}; give each term "
+                "its weight"
+            )
+        if not any(weights.values()):
+            raise ValueError("loss.weights are all 0, so nothing would be trained; give one above 0")
+        wrong = [f"loss.weights.{name}={weight}" for name, weight in weights.items() if not weight >= 0]
+        if wrong:
+            raise ValueError(f"{wrong[0]} must be at least 0; 0 leaves the term out")
+        self.terms = nn.ModuleDict(terms)
+        self.takes_outputs = any(map(takes_outputs, terms.values()))
+        self.weights = dict(weights)
+
+    def forward(self, outputs: Any, masks: Tensor) -> Tensor:
+        parts = [weight * self.terms[name](outputs, masks) for name, weight in self.weights.items() if weight]
+        return torch.stack(parts).sum()
 
 
 def binary_dice_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:

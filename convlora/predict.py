@@ -6,39 +6,29 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from io import BytesIO
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from convlora import adapter, draw, run
-from convlora.cli import command, refuse_idle
-from convlora.data.bands import Bands
-from convlora.data.images import image_size, read_image
-from convlora.inference import Found, Predictor
-from convlora.routing import locate, routed_layers
-from convlora.scenes import Writing, check_place, is_scene, scene_size, segment_scene, write_polygons
+from convlora import adapter, run
+from convlora.cli import command, plain, refuse_idle
+from convlora.data.images import allow_large_images, image_size
+from convlora.geotiff import check_place, is_scene, scene_size
+from convlora.photos import check_routing, predict_photos, predict_prompted
+from convlora.prompts import by_image, read_prompts
+from convlora.scenes import predict_scene
 from convlora.schema import Config
 from convlora.tiles import check_tile, choose_tiling
-from convlora.writing import Item, as_mask, as_overlay, find_images, left_to_do, save
+from convlora.writing import Item, Job, check_targets, find_images, left_to_do, remove_stale
 
-WRITERS = 2  # threads that write while the next images are computed
-AHEAD = 16  # images that wait to be written, at most
+FORMAT = 1  # of what is written; changes when the same image and settings would give other files
 
 
 @dataclass(frozen=True)
@@ -52,6 +42,7 @@ class PredictConfig:
     overlays: bool
     routing: bool
     polygons: bool
+    prompts_file: str | None
     overwrite: bool
     tiles: bool | None
     tile: int | None
@@ -64,36 +55,6 @@ class PredictConfig:
     model: Config
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """One image as the network takes it, or why it could not be read."""
-
-    item: Item
-    pixels: Tensor | None = None
-    size: tuple[int, int] = (0, 0)
-    error: str = ""
-
-
-class Images(Dataset[Loaded]):
-    """Image files; one that cannot be read comes with its error instead of pixels."""
-
-    def __init__(self, items: Sequence[Item], predictor: Predictor):
-        self.items = items
-        self.prepare = predictor.prepare
-        self.bands = predictor.bands
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Loaded:
-        item = self.items[index]
-        try:
-            image = read_image(item.path, self.bands)
-        except (OSError, ValueError) as error:
-            return Loaded(item, error=str(error))
-        return Loaded(item, self.prepare(image), image.shape[:2])
-
-
 def predict(config: PredictConfig) -> None:
     """Write a mask for every image of a file, folder or list.
 
@@ -101,29 +62,62 @@ def predict(config: PredictConfig) -> None:
         SystemExit: with code 1 where an image could not be read; all others are done by then.
     """
     refuse_idle("model")
+    if config.tiles:
+        allow_large_images()
     output, path = Path(config.output), adapter.find(config.checkpoint)
     wanted = {"probabilities": config.probabilities, "overlays": config.overlays, "routing": config.routing}
     kinds = ["", *(kind for kind, is_wanted in wanted.items() if is_wanted)]
-    polygons = ["polygons"] * config.polygons
+    kinds += ["polygons"] * config.polygons
+    settings = identify(path, config)
     items = [
-        Item(image, name, is_scene(image, config.tiles), [*kinds, *polygons])
+        Item(image, name, is_scene(image, config.tiles), kinds, mark(settings, image))
         for image, name in find_images(Path(config.input), output).items()
     ]
+    if config.prompts_file is not None:
+        items = with_prompts(config, items)
     check_items(config, items)
-    made_by = identify(path, config)
-    todo = left_to_do(items, output, made_by, config.overwrite)
+    check_targets(items, output)
+    todo = left_to_do(items, output, config.overwrite)
     run.make_folder("output", output)
     console = Console(highlight=False, soft_wrap=True)
     if len(todo) < len(items):
         console.print(
             f"{len(items) - len(todo)} of {len(items)} are there already; overwrite=true makes them anew"
         )
-    failures = in_processes(config, todo, made_by) if todo else []
+    if config.overwrite:
+        remove_stale(todo, output)
+    try:
+        failures = in_processes(config, todo) if todo else []
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on after what is written")
+        raise
     console.print(f"{len(todo) - len(failures)} of {len(todo)} masks written to {output}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
     if failures:
         raise SystemExit(1)
+
+
+def with_prompts(config: PredictConfig, items: Sequence[Item]) -> list[Item]:
+    """Return an item for each prompt, called NAME_1 and so on; images without prompts are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be understood, names no image, or another setting does not go with it.
+    """
+    for name in ("tiles", "routing", "polygons"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name}=true is for whole images without prompts; leave out {name} or prompts_file"
+            )
+    source = Path(config.prompts_file or "")
+    names = {item.path: f"{item.name.removesuffix(item.path.suffix)}{item.path.suffix}" for item in items}
+    prompts = by_image(read_prompts(source), names, source)
+    return [
+        replace(item, name=f"{item.name}_{number}", is_scene=False, prompt=prompt)
+        for item in items
+        for number, prompt in enumerate(prompts.get(item.path, ()), start=1)
+    ]
 
 
 def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
@@ -139,10 +133,14 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
     if config.routing and config.tiles:
         raise ValueError("routing=true shows whole images, but tiles=true cuts them; leave one of them out")
     if config.polygons and photo is not None:
-        raise ValueError(f"polygons=true is for GeoTIFF, but {photo} is none; leave it out")
+        reason = "is not read as one, by tiles=false" if config.tiles is False else "is none"
+        raise ValueError(f"polygons=true is for GeoTIFF, but {photo} {reason}; leave that out")
     if config.polygons:
         for item in items:
             check_place(item.path)
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
     if config.devices < 1:
         raise ValueError(f"devices={config.devices} must be at least 1, the number of devices that share")
     if config.devices > 1 and ":" in config.device:
@@ -160,27 +158,39 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
 
 def identify(path: Path, config: PredictConfig) -> str:
     """Return what tells the masks of an adapter and of settings from those of others."""
-    settings = [config.precision, config.tiles, config.tile, config.overlap]
+    prompts = None if config.prompts_file is None else Path(config.prompts_file).read_text()
+    settings = [config.precision, config.tiles, config.tile, config.overlap, prompts]
     content = hashlib.sha256(path.read_bytes()).hexdigest() + json.dumps(settings)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def mark(settings: str, image: Path) -> str:
+    """Return what tells the files of an image, as it is now, from those of other images and settings."""
+    stat = image.stat()
+    content = f"{FORMAT} {settings} {stat.st_size} {stat.st_mtime_ns}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def in_processes(config: PredictConfig, items: Sequence[Item], made_by: str) -> list[str]:
+def in_processes(config: PredictConfig, items: Sequence[Item]) -> list[str]:
     """Predict on one or several devices, each by a process of its own; returns what could not be read."""
     count = min(config.devices, len(items))
     if count == 1:
-        return predict_share(config, items, made_by)
+        return predict_share(config, items)
     there = torch.cuda.device_count()
     kind = config.device if config.device != "auto" else "cuda" if there else "cpu"
     if kind == "cuda" and there < config.devices:
-        raise ValueError(f"devices={config.devices}, but this machine has {there} GPUs; set devices={there}")
+        way_out = f"set devices={there}" if there else "set device=cpu"
+        raise ValueError(f"devices={config.devices}, but this machine has {there} GPUs; {way_out}")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _begin, (count if kind == "cpu" else 1,)) as pool:
-        shares = [
-            pool.submit(predict_share, config, items[rank::count], made_by, rank, kind)
-            for rank in range(count)
-        ]
-        return [failure for share in shares for failure in share.result()]
+        shares = [pool.submit(predict_share, config, items[rank::count], rank, kind) for rank in range(count)]
+        try:
+            return [failure for share in shares for failure in share.result()]
+        except BrokenProcessPool as error:
+            raise OSError(
+                "the process of a device has ended; if memory ran out, set batch_size=1 or fewer devices. "
+                "The same command goes on after what is written"
+            ) from error
 
 
 def _begin(processes: int) -> None:
@@ -190,14 +200,13 @@ def _begin(processes: int) -> None:
 
 
 def predict_share(
-    config: PredictConfig, items: Sequence[Item], made_by: str, rank: int = 0, kind: str | None = None
+    config: PredictConfig, items: Sequence[Item], rank: int = 0, kind: str | None = None
 ) -> list[str]:
     """Predict on one device.
 
     Args:
         config: of the command.
         items: those of this process.
-        made_by: identifies adapter and settings.
         rank: of this process among those that share; the first shows its progress.
         kind: of device; None takes the one of the config.
 
@@ -206,114 +215,34 @@ def predict_share(
     """
     device = config.device if kind is None else f"cuda:{rank}" if kind == "cuda" else kind
     predictor = adapter.load(config.checkpoint, config.model["weights"], config.precision, device)
+    if config.routing:
+        check_routing(predictor, config.checkpoint)
     console = Console(highlight=False, soft_wrap=True)
 
-    def show(steps: Iterable[Any], title: str = "predict") -> Iterable[Any]:
+    def show(steps: Iterable[Any], title: str) -> Iterable[Any]:
         return track(steps, title, console=console) if rank == 0 else steps
 
+    size, workers = config.batch_size, config.num_workers
+    job = Job(Path(config.output), config.overwrite, size, workers, show)
     photos = [item for item in items if not item.is_scene]
     scenes = [item for item in items if item.is_scene]
     failures = []
-    if photos:
-        settings = (config.tile, config.overlap, config.batch_size)
-        seer = predictor.tiled(*settings) if config.tiles else predictor
-        failures += predict_photos(seer, photos, config, made_by, show)
-    for item in scenes:
+    if config.prompts_file is not None:
+        adapter.say_prompts(config.checkpoint, predictor.metadata)
+        return predict_prompted(photos, predictor, job)
+    if photos and config.tiles:
+        allow_large_images()
+        cut = predictor.tiled(config.tile, config.overlap, size)
+        failures += predict_photos(photos, cut, replace(job, batch_size=1))
+    elif photos:
+        failures += predict_photos(photos, predictor, job)
+    for scene in scenes:
         tiling = choose_tiling(config.tile, config.overlap, predictor.median_side, config.checkpoint)
-        files = item.files(Path(config.output))
-        writing = Writing(made_by, config.batch_size, config.num_workers, partial(show, title=item.path.name))
         try:
-            segment_scene(item.path, files[""], files.get("probabilities"), predictor, tiling, writing)
+            predict_scene(scene, predictor, tiling, job)
         except ValueError as error:
-            failures.append(str(error))
-            continue
-        if "polygons" in files:
-            write_polygons(files[""], files["polygons"], list(predictor.class_colors), made_by)
+            failures.append(plain(error))
     return failures
-
-
-def predict_photos(
-    predictor: Predictor,
-    items: Sequence[Item],
-    config: PredictConfig,
-    made_by: str,
-    show: Callable[[Iterable[Any]], Iterable[Any]],
-) -> list[str]:
-    """Write what is found in images that fit in memory; returns the errors of those that cannot be read."""
-    layers = routed_layers(predictor.segmenter.get_submodule("image_encoder")) if config.routing else {}
-    if config.routing and not any(layer.gate_sees_maps for layer in layers.values()):
-        raise ValueError(
-            f"routing=true shows which expert has the say where, but in {config.checkpoint} no gate chooses "
-            "by the image; leave it out, or take an adapter of peft=conv_lora with peft/gate=noisy_top_k"
-        )
-    failures: list[str] = []
-    loader = DataLoader(
-        Images(items, predictor),
-        1 if config.tiles else config.batch_size,
-        num_workers=config.num_workers,
-        collate_fn=list,
-    )
-    with writers() as write:
-        for batch in show(loader):
-            good = [each for each in batch if each.pixels is not None]
-            failures += [each.error for each in batch if each.pixels is None]
-            found = predictor.segment([each.pixels for each in good], [each.size for each in good])
-            for index, (loaded, each) in enumerate(zip(good, found, strict=True)):
-                files = loaded.item.files(Path(config.output))
-                if layers:
-                    side = predictor.resize.image_size
-                    located = {name: locate(layer, index, len(good), side) for name, layer in layers.items()}
-                    scales = next(iter(layers.values())).experts.scales
-                    shown = predictor.resize.content(*loaded.size)
-                    picture = draw_routing(loaded.item.path, predictor.bands, shown, located, scales)
-                    save(picture, files["routing"], made_by)
-                write(write_files, loaded.item.path, files, each, predictor, made_by)
-    return failures
-
-
-@contextmanager
-def writers() -> Iterator[Callable[..., None]]:
-    """Call functions in threads, in their order and not far behind; raises what they do."""
-    waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(WRITERS) as pool:
-
-        def call(function: Callable[..., None], *arguments: Any) -> None:
-            waiting.append(pool.submit(function, *arguments))
-            while len(waiting) > AHEAD:
-                waiting.popleft().result()
-
-        yield call
-        for future in waiting:
-            future.result()
-
-
-def write_files(
-    source: Path, files: dict[str, Path], found: Found, predictor: Predictor, made_by: str
-) -> None:
-    """Write the mask of one image and what else was asked for, the mask last."""
-    colors = predictor.class_colors
-    if "probabilities" in files:
-        save(Image.fromarray(found.prob), files["probabilities"], made_by)
-    if "overlays" in files:
-        image = read_image(source, predictor.bands)
-        save(as_overlay(image, found.classes, colors), files["overlays"], made_by)
-    save(as_mask(found.classes, colors), files[""], made_by)
-
-
-def draw_routing(
-    path: Path,
-    bands: Bands | None,
-    shown: tuple[int, int],
-    located: dict[str, NDArray[np.int64]],
-    scales: Sequence[float],
-) -> Image.Image:
-    """Return the image at the network's scale with the expert that each window of each layer chose."""
-    height, width = shown
-    image = cv2.resize(read_image(path, bands), (width, height), interpolation=cv2.INTER_AREA)
-    picture = BytesIO()
-    choices = {name: choice[:height, :width] for name, choice in located.items()}
-    draw.draw_choices(image, choices, scales, picture)
-    return Image.open(picture)
 
 
 main = command("predict", PredictConfig, predict)

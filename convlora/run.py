@@ -60,6 +60,8 @@ FREE = (
 )
 # Settings that came later, and what held where the record of a run does not name them
 LATER: dict[str, Any] = {
+    "prompts._target_": "convlora.prompts.Prompts",
+    "prompts.box": 0.0,
     "loading.channels": None,
     "loading.percentiles": [2, 98],
     "loss.class_weights": None,

@@ -58,6 +58,7 @@ class TrainConfig:
     resize: Config
     test_sets: list[str]
     seed: int
+    prompts: Config
     match: int | None
     data_root: str
     run_dir: str
@@ -170,7 +171,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         **({"class weights": parts.loss.told(data.class_names)} if is_balanced(parts.loss) else {}),
     }
     task = SegmentationTask(
-        segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed
+        segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed, parts.prompts
     )
     last = folder / run.LAST
     if config.resume and last.is_file():  # a run that saved nothing yet begins anew

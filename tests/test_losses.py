@@ -1,8 +1,13 @@
+import cv2
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 from conftest import ROOT, golden
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.morphology import skeletonize
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
@@ -13,10 +18,14 @@ from convlora.losses import (
     BceDiceLoss,
     CrossEntropyDiceLoss,
     FocalDiceLoss,
+    SoftClDiceLoss,
     StructureLoss,
+    Weighted,
     is_balanced,
     local_mean,
+    soft_skeleton,
 )
+from convlora.metrics.roads import cldice
 from convlora.schema import make
 
 FILES = sorted(path.stem for path in (ROOT / "conf/loss").glob("*.yaml") if path.stem != "set")
@@ -189,7 +198,7 @@ def test_ignored_pixels_count_for_nothing(name: str) -> None:
     other = logits.detach().clone()
     other[:, :, 30:] += 100
     torch.testing.assert_close(loss(other, masks), loss(logits, masks).detach())
-    if name != "structure":  # whose weights look beyond
+    if name != "structure" and "cldice" not in name:  # whose weights and skeletons look beyond
         cropped = loss(logits[:, :, :30], masks[:, :, :30])
         torch.testing.assert_close(loss(logits, masks), cropped)
 
@@ -253,3 +262,106 @@ def test_local_mean_equals_the_square_window() -> None:
     masks = torch.rand(2, 1, 37, 50)
     expected = torch.nn.functional.avg_pool2d(masks, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2)
     torch.testing.assert_close(local_mean(masks), expected)
+
+
+def lines(seed: int) -> NDArray[np.uint8]:
+    """Thin crossing curves [120, 120] of 1."""
+    rng, image = np.random.default_rng(seed), np.zeros((120, 120), np.uint8)
+    for _ in range(3):
+        points = rng.integers(10, 110, (4, 2)).astype(np.int32)
+        cv2.polylines(image, [points.reshape(-1, 1, 2)], False, 1, thickness=int(rng.integers(3, 8)))
+    return image
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_soft_skeleton_of_a_mask_is_its_morphological_one(seed: int) -> None:
+    """The union of what the openings of its erosions leave over, by scipy."""
+    mask = lines(seed) > 0
+    expected, eroded = np.zeros_like(mask), mask
+    while eroded.any():
+        smaller = ndimage.binary_erosion(eroded, border_value=1)
+        opened = ndimage.binary_dilation(smaller, np.ones((3, 3)))
+        expected |= eroded & ~opened
+        eroded = smaller
+    found = soft_skeleton(torch.from_numpy(mask).float()[None, None], iterations=10)[0, 0].numpy()
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_soft_skeleton_runs_along_the_thinned_one(seed: int) -> None:
+    """It is near skimage's skeleton everywhere, and the reverse."""
+    mask = lines(seed)
+    soft = soft_skeleton(torch.from_numpy(mask).float()[None, None], iterations=10)[0, 0].numpy() > 0
+    thin = skeletonize(mask > 0)
+    for one, other in ((soft, thin), (thin, soft)):
+        assert (ndimage.distance_transform_edt(~other)[one] <= 2.3).mean() > 0.95
+
+
+def test_soft_skeleton_of_probabilities_equals_the_published_algorithm() -> None:
+    """Algorithm 1, by scipy's grey morphology."""
+    probs = ndimage.gaussian_filter(np.random.default_rng(0).random((50, 60)), 1.5)
+    probs = (probs - probs.min()) / np.ptp(probs)
+    cross, square = ndimage.generate_binary_structure(2, 1), np.ones((3, 3), bool)
+
+    def erode(image: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(ndimage.grey_erosion(image, footprint=cross, mode="constant", cval=np.inf))
+
+    def ridge(image: NDArray[np.float64]) -> NDArray[np.float64]:
+        opened = ndimage.grey_dilation(erode(image), footprint=square, mode="constant", cval=-np.inf)
+        return np.maximum(image - opened, 0)
+
+    image, expected = probs, ridge(probs)
+    for _ in range(4):
+        image = erode(image)
+        expected = expected + np.maximum(ridge(image) - expected * ridge(image), 0)
+    found = soft_skeleton(torch.from_numpy(probs)[None, None], iterations=4)[0, 0].numpy()
+    assert np.abs(found - expected).max() < 1e-12
+
+
+def test_soft_cldice_is_that_of_the_skeletons() -> None:
+    """For sure predictions it is close to one minus the score, which takes skimage's skeletons."""
+    for seed in range(3):
+        mask, found = lines(seed), np.roll(lines(seed), 2, axis=0)
+        found[:, 60:] = 0
+        loss = SoftClDiceLoss(10)(
+            60 * (torch.from_numpy(found).float() - 0.5)[None, None], torch.from_numpy(mask)[None, None]
+        )
+        assert 1 - loss == pytest.approx(cldice(found * np.uint8(255), mask > 0), abs=0.1)
+        assert 0.1 < loss < 0.9
+
+
+def test_soft_cldice_misses_a_gap_more_than_a_thick_line() -> None:
+    mask = torch.zeros(1, 1, 60, 60, dtype=torch.uint8)
+    mask[..., 28:31, 5:55] = 1
+    broken, thick = mask.clone(), mask.clone()
+    broken[..., 25:35] = 0
+    thick[..., 26:33, 5:55] = 1
+    loss = SoftClDiceLoss(10)
+    assert loss(60 * (thick.float() - 0.5), mask) < 0.1 < loss(60 * (broken.float() - 0.5), mask)
+
+
+def test_weighted_sums_its_terms_by_name() -> None:
+    logits, masks = sample("bce_dice")
+    bce, cldice_term = BceDiceLoss(), SoftClDiceLoss(3)
+    loss = Weighted({"a": bce, "b": cldice_term}, {"b": 0.25, "a": 2.0})
+    expected = 2 * bce(logits, masks) + 0.25 * cldice_term(logits, masks)
+    torch.testing.assert_close(loss(logits, masks), expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, r"loss\.weights has , but loss\.terms a; give each term its weight"),
+        ({"a": 1, "b": 1}, r"loss\.weights has a, b, but loss\.terms a"),
+        ({"a": -1}, r"loss\.weights\.a=-1 must be at least 0"),
+        ({"a": float("nan")}, r"loss\.weights\.a=nan must be at least 0"),
+    ],
+)
+def test_weights_that_fit_no_terms_are_refused(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Weighted({"a": BceDiceLoss()}, weights)
+
+
+def test_soft_skeleton_without_iterations_is_refused() -> None:
+    with pytest.raises(ValueError, match="iterations=0 must be at least 1"):
+        SoftClDiceLoss(0)

@@ -31,7 +31,7 @@ from convlora.metrics.boundary import boundary_f, hd95
 from convlora.metrics.calibration import Calibration
 from convlora.metrics.classes import ClassScores
 from convlora.metrics.overlap import Pooled, dice, iou, threshold_jaccard
-from convlora.metrics.roads import Relaxed
+from convlora.metrics.roads import Relaxed, cldice
 from convlora.metrics.saliency import EMeasure, FMeasure, context_measure, mae, s_measure, weighted_f_measure
 from convlora.metrics.scores import ImageMean, Scores, Sums
 from convlora.metrics.shadow import BalancedErrorRate, ber
@@ -352,6 +352,27 @@ def test_a_validation_computes_the_primary_score_and_those_asked_for(name: str) 
     own = {key: every[key] for key in chosen.names}
     assert scalars(chosen(*image)) == pytest.approx(own, nan_ok=True)
     assert len(own) < len(every)
+
+
+def test_cldice_counts_centrelines_and_not_widths() -> None:
+    mask, thick, half, wrong = (np.zeros((40, 100), bool) for _ in range(4))
+    mask[19:22, 10:90] = True
+    thick[16:25, 7:93] = True
+    half[19:22, 10:50] = True
+    wrong[30:33, 10:90] = True
+    assert cldice(mask * np.uint8(255), mask) == 1
+    assert cldice(thick * np.uint8(255), mask) == pytest.approx(1, abs=0.05)
+    assert cldice(half * np.uint8(255), mask) == pytest.approx(2 / 3, abs=0.02)  # precise, half is found
+    both = mask | wrong
+    assert cldice(both * np.uint8(255), mask) == pytest.approx(2 / 3, abs=0.02)  # all is found, half is wrong
+    assert cldice(wrong * np.uint8(255), mask) == 0
+
+
+def test_cldice_of_nothing() -> None:
+    nothing, something = np.zeros((9, 9), bool), np.eye(9, dtype=bool)
+    assert cldice(nothing * np.uint8(255), nothing) == 1
+    assert cldice(something * np.uint8(255), nothing) == 0
+    assert cldice(nothing * np.uint8(255), something) == 0
 
 
 def test_no_image_gives_no_number() -> None:
