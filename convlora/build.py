@@ -70,7 +70,7 @@ class Parts:
         method: recipe of what learns in the encoder.
         head: recipe of the mask decoder.
         outline: the segmenter without storage.
-        loss: of the head's outputs.
+        loss: of logits, or of the head's outputs.
         scores: of a validation or test.
         optimizer: makes the optimiser from groups of parameters.
         callbacks: those of `callbacks=`, by name.
@@ -213,8 +213,8 @@ def make_loss(loss: Config, segmenter: Segmenter) -> nn.Module:
     prompt = segmenter.dense_prompt
     with torch.no_grad():
         outputs = segmenter.mask_decoder.outputs(prompt, segmenter.position_encoding, prompt, (8, 8))
-    zeros = apply_to_collection(outputs, Tensor, lambda part: torch.zeros(part.shape))
-    built(zeros, torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+        zeros = apply_to_collection(outputs, Tensor, lambda part: torch.zeros(part.shape))
+        built(segmenter.for_loss(built, zeros), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     return built
 
 

@@ -5,7 +5,8 @@ SamModel.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,16 @@ from torch import Tensor
 from convlora import adapter, run
 from convlora.build import make_outline, settings_of
 from convlora.cli import command
+from convlora.data.masks import Masks
 from convlora.draw import colors_of
 from convlora.peft.autogluon import method_of, split
 from convlora.sam import checkpoints
-from convlora.sam.hugging_face import DECODER_EPS, MASK_TOKENS, as_sam, read_sam_model
+from convlora.sam.hugging_face import CLASSIFIER, DECODER_EPS, MASK_TOKENS, as_sam, read_sam_model
 from convlora.sam.zoo import Backbone, SamViT, load_backbone
 from convlora.schema import Config, make
 
 IOU_HEAD = "mask_decoder.iou_prediction_head."  # takes no part
-HEAD = {"_target_": "convlora.heads.PerClass"}
+PER_CLASS = {"_target_": "convlora.heads.PerClass"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a checkpoint may have been rounded to
 
 
@@ -46,8 +48,8 @@ def convert(config: ConvertConfig) -> None:
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: it is none, of another model, of several classes or on other base weights, or a file that
-            is to be written is there already.
+        ValueError: it is none, of another model, of another number of classes than there are names or on
+            other base weights, or a file that is to be written is there already.
     """
     path, output = Path(config.checkpoint), new_file("output", config.output, ".safetensors")
     base = None if config.base is None else new_file("base", config.base, ".pth")
@@ -55,21 +57,23 @@ def convert(config: ConvertConfig) -> None:
         raise ValueError(f"alpha={config.alpha} must be positive; 32 is the released value")
     if base is not None and config.model["weights"] is not None:
         raise ValueError(f"base={base} makes base weights of the checkpoint; leave model.weights out")
-    if len(config.class_names) != 1:
-        raise ValueError(f"class_names={config.class_names} must be one name, that of the foreground")
+    Masks(config.class_names)  # which names each class once
     if config.model["decoder_eps"] not in (SamViT.decoder_eps, DECODER_EPS):
         raise ValueError(f"model.decoder_eps is {DECODER_EPS} in all that AutoGluon trained; leave it out")
     model = {**config.model, "decoder_eps": DECODER_EPS}
     backbone: Backbone = make("model", model)
     found = read_sam_model(path)
     backbone = check_model(path, found, backbone)
+    head = head_of(path, found, config.class_names)
+    classifier = {name: found.pop(name).float() for name in list(found) if name.startswith(CLASSIFIER)}
     with torch.device("meta"):
         expected = backbone.build().state_dict()
     learnt, kept = split(path, found, expected)
     decoder = {name: tensor.float() for name, tensor in kept.items() if name.startswith("mask_decoder.")}
     trained = learnt | {name: tensor for name, tensor in decoder.items() if not name.startswith(IOU_HEAD)}
+    trained |= classifier
     peft = method_of(learnt, backbone.depth, config.alpha)
-    outline = make_outline(backbone, make("peft", peft), make("head", HEAD), num_classes=1)
+    outline = make_outline(backbone, make("peft", peft), make("head", head), len(config.class_names))
     check_trained(path, trained, outline.trainable_state())
     if base is None:
         sha256 = load_backbone(backbone)[1]
@@ -80,7 +84,7 @@ def convert(config: ConvertConfig) -> None:
         run.make_folder("base", base.parent)
         checkpoints.write(base, state)
         sha256, model["weights"] = checkpoints.hash_file(base), str(base.resolve())
-    settings = {"model": model, "peft": peft, "head": HEAD, "resize": config.resize}
+    settings = {"model": model, "peft": peft, "head": head, "resize": config.resize}
     identity = {"base": backbone.name, "base_sha256": sha256}
     colors = colors_of(config.class_names, None)
     run.make_folder("output", output.parent)
@@ -107,7 +111,7 @@ def check_model(path: Path, found: Mapping[str, Tensor], backbone: Backbone) -> 
     """Return the backbone, which must be of the kind and width that is adapted.
 
     Raises:
-        ValueError: it is not, nothing is adapted, or the decoder gives several masks.
+        ValueError: it is not, or nothing is adapted.
     """
     if any(name.endswith(".lora_a.weight") for name in found):
         raise ValueError(f"{path} is an adapter already; give it to predict or evaluate as checkpoint={path}")
@@ -127,15 +131,39 @@ def check_model(path: Path, found: Mapping[str, Tensor], backbone: Backbone) -> 
             f"checkpoint={path} adapts an encoder of {width} channels, model={backbone.name} has another; "
             f"{right}"
         )
-    tokens = len(found.get(MASK_TOKENS, [0]))
-    several = [name for name in found if "output_classifier_mlps" in name or "hypernetworks_mlps.1." in name]
-    if tokens > 1 or several:
-        what = f"{tokens} mask tokens" if tokens > 1 else several[0]
-        raise ValueError(
-            f"checkpoint={path} tells several classes apart ({what}), which cannot be converted yet; take "
-            "one that was trained on a foreground alone"
-        )
     return backbone
+
+
+def head_of(path: Path, found: Mapping[str, Tensor], class_names: Sequence[str]) -> Config:
+    """Return the `head` section of a checkpoint; of several classes it is one of queries.
+
+    Raises:
+        ValueError: it is of another number of classes than there are names, has fewer mask tokens than
+            classes, or several of what AutoGluon's decoder has one of.
+    """
+    tokens, classes = len(found.get(MASK_TOKENS, [0])), len(found.get(f"{CLASSIFIER}bias", [0, 0])) - 1
+    more = [name for name in found if re.search(r"hypernetworks_mlps\.[1-9]", name)]
+    if more or (classes == 1 and tokens > 1):
+        what = (
+            more[0] if more else f"{tokens} mask tokens, and no output_classifier_mlps that tells their class"
+        )
+        raise ValueError(
+            f"checkpoint={path} holds {what}; take one as AutoGluon trains it, with a mask token for a "
+            "foreground, or several with the classifier of their classes"
+        )
+    if classes != len(class_names):
+        names = "the foreground alone" if classes == 1 else f"{classes} classes, in the order of their ids"
+        raise ValueError(
+            f"checkpoint={path} was trained on {names}, but class_names={list(class_names)}; name them"
+        )
+    if classes == 1:
+        return PER_CLASS
+    if tokens < classes:
+        raise ValueError(
+            f"checkpoint={path} has {tokens} mask tokens for {classes} classes, but here each class needs a "
+            f"mask of its own; train with model.sam.num_mask_tokens={classes} or more"
+        )
+    return {"_target_": "convlora.heads.Query", "num_queries": tokens}
 
 
 def check_trained(path: Path, trained: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

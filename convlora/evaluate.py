@@ -26,6 +26,7 @@ from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import LongestSideResize, NativeSize, Resize
 from convlora.heads import SamsOwn
 from convlora.inference import TiledSegmenter
+from convlora.losses import is_balanced, takes_outputs
 from convlora.peft.selective import DecoderOnly
 from convlora.routing import Routing
 from convlora.sam.zoo import Backbone
@@ -96,6 +97,17 @@ def evaluate(config: EvaluateConfig) -> None:
         images = [pair.image for pair in data.listed("test")]
         check_tile(config.tile, ((image, image_size(image, trained.bands)) for image in images))
     check_classes(name, list(trained.class_colors), data)
+    loss = make_loss(config.loss, trained.segmenter)
+    if is_balanced(loss):
+        raise ValueError(
+            "loss.class_weights=balanced follows from training images; give the numbers that the training "
+            "told, as loss.class_weights=[1,2.5], or leave it out"
+        )
+    if tiling is not None and takes_outputs(loss):
+        raise ValueError(
+            "this loss is one of the head's outputs, but tiles=true blends the logits of windows; leave loss "
+            "out, or tiles"
+        )
     table, output = run.ScoreTable(), Path(config.output)
     callbacks = [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
     if tiling is None:  # which cut images do not pass through as wholes
@@ -107,7 +119,7 @@ def evaluate(config: EvaluateConfig) -> None:
     kind = BoxPrompted if config.protocol == "box" else SegmentationTask
     task = kind(
         segmenter,
-        make_loss(config.loss, trained.segmenter),
+        loss,
         make("metrics", config.metrics, class_names=data.class_names),
         torch.optim.AdamW,
         trained.metadata,

@@ -1,12 +1,15 @@
 """Losses of mask logits [n, c, h, w] against class ids [n, 1, h, w]; each a mean over images.
 
 Those of a foreground take c = 1 and ids 0 and 1. Ignored pixels count in no sum, so that they have no
-gradient; an image that is nothing else costs 0.
+gradient; an image that is nothing else costs 0. A loss whose `takes_outputs` is true is one of the head's
+outputs instead.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,15 +93,81 @@ class BalancedBceLoss(nn.Module):
         return weighted_mean(weights * cross_entropy, valid).mean()
 
 
-class CrossEntropyDiceLoss(nn.Module):
-    """Softmax cross-entropy, a mean over pixels, plus soft Dice loss, a mean over the classes in the mask."""
+class ClassWeighted(nn.Module):
+    """A loss that weighs classes.
+
+    Args:
+        class_weights: of each class; `balanced` waits for `balance`, None weighs all alike.
+
+    Raises:
+        ValueError: a weight is impossible, or all are 0.
+    """
+
+    _weights: Tensor | None
+
+    def __init__(self, class_weights: Literal["balanced"] | Sequence[float] | None = None):
+        super().__init__()
+        self.class_weights = class_weights
+        self.register_buffer("_weights", None, persistent=False)
+        if class_weights is None or class_weights == "balanced":
+            return
+        if isinstance(class_weights, str) or not all(0 <= weight < math.inf for weight in class_weights):
+            raise ValueError(
+                f"loss.class_weights={class_weights} must be numbers of at least 0, or balanced, or null"
+            )
+        if not any(class_weights):
+            raise ValueError(f"loss.class_weights={class_weights} weigh nothing; set one to more than 0")
+        self._weights = torch.tensor(list(class_weights), dtype=torch.float32)
+
+    def balance(self, shares: Sequence[float]) -> None:
+        """Weigh each class by the median share over its own (Eigen and Fergus, ICCV 2015).
+
+        Args:
+            shares: of each class in the pixels of the images in which it is; 0 of one that is in none, whose
+                weight is 1.
+        """
+        known = np.array(shares, dtype=np.float64)
+        weights = np.median(known[known > 0]) / np.where(known > 0, known, 1)
+        self._weights = torch.from_numpy(np.where(known > 0, weights, 1).astype(np.float32))
+
+    def told(self, class_names: Sequence[str]) -> str:
+        """Return what a user reads of the weights: `land 0.52, road 3.1`."""
+        if self._weights is None:
+            return "the median share of the pixels over each class's own, in the training masks"
+        named = zip(class_names, self._weights.tolist(), strict=True)
+        return ", ".join(f"{name} {weight:.6g}" for name, weight in named)
+
+    def weights_of(self, num_classes: int, device: torch.device) -> Tensor:
+        """Return the weights [num_classes], all 1 while none are known.
+
+        Raises:
+            ValueError: they are of another number of classes.
+        """
+        if self._weights is None:
+            return torch.ones(num_classes, device=device)
+        if len(self._weights) != num_classes:
+            raise ValueError(
+                f"loss.class_weights={self._weights.tolist()} are {len(self._weights)} numbers for "
+                f"{num_classes} classes; give one for each"
+            )
+        return self._weights.to(device)
+
+
+class CrossEntropyDiceLoss(ClassWeighted):
+    """Softmax cross-entropy, a mean over pixels, plus soft Dice loss, a mean over the classes in the mask.
+
+    Weights of classes are those of their pixels in the mean of the cross-entropy. The Dice loss, in which all
+    classes in the mask count alike, has none.
+    """
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         logits, ids = logits.float(), masks[:, 0].long()
         if logits.shape[1] < 2:
             raise ValueError("cross_entropy_dice is for several classes, here is one; set loss=structure")
+        weights = self.weights_of(logits.shape[1], logits.device)
         cross_entropy = F.cross_entropy(logits, ids, ignore_index=IGNORED, reduction="none")[:, None]
         valid = (ids != IGNORED).float()[:, None]
+        weight = valid * weights[ids.clamp(max=len(weights) - 1)][:, None]
         probs = torch.softmax(logits, dim=1) * valid
         # bytes, because one-hot floats of large images would take more memory than all the rest
         own = [ids == index for index in range(logits.shape[1])]
@@ -107,7 +176,17 @@ class CrossEntropyDiceLoss(nn.Module):
         dice = dice_loss(overlap, probs.sum(dim=(2, 3)) + size)
         there = (size > 0).float()
         dice = (dice * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
-        return (weighted_mean(cross_entropy, valid) + dice).mean()
+        return (weighted_mean(cross_entropy, weight) + dice).mean()
+
+
+def is_balanced(loss: nn.Module) -> TypeGuard[ClassWeighted]:
+    """Return whether the weights of classes follow from the training masks, by `balance`."""
+    return isinstance(loss, ClassWeighted) and isinstance(loss.class_weights, str)
+
+
+def takes_outputs(loss: nn.Module) -> bool:
+    """Return whether a loss is one of the head's outputs, where others are of logits."""
+    return bool(getattr(loss, "takes_outputs", False))
 
 
 class SoftClDiceLoss(nn.Module):
@@ -183,6 +262,7 @@ class Weighted(nn.Module):
         if wrong:
             raise ValueError(f"{wrong[0]} must be at least 0; 0 leaves the term out")
         self.terms = nn.ModuleDict(terms)
+        self.takes_outputs = any(map(takes_outputs, terms.values()))
         self.weights = dict(weights)
 
     def forward(self, outputs: Any, masks: Tensor) -> Tensor:

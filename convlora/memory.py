@@ -189,7 +189,8 @@ def _follow(parts: Parts, device: str, precision: str) -> _Followed:
         masks = torch.empty(1, 1, side, side, dtype=torch.uint8, device=device)
         with Live([images, masks], tensors) as live:
             with torch.autocast(device, half, enabled=is_half(precision)):
-                loss = parts.loss(segmenter.outputs(images), masks)
+                outputs = segmenter.outputs(images)
+                loss = parts.loss(segmenter.for_loss(parts.loss, outputs), masks)
             aux = aux_loss(segmenter)
             (loss if aux is None else loss + aux).backward()
         gradients = [p.grad for p in segmenter.parameters() if p.grad is not None]

@@ -64,6 +64,7 @@ LATER: dict[str, Any] = {
     "prompts.box": 0.0,
     "loading.channels": None,
     "loading.percentiles": [2, 98],
+    "loss.class_weights": None,
     "model.decoder_eps": 1e-5,
     "peft.b_rate": 1.0,
     "peft.gate.sees": "mean",

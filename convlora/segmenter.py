@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from convlora import IGNORED
 from convlora.heads import Head, PerClass
+from convlora.losses import takes_outputs
 from convlora.peft.method import Method
 from convlora.sam.checkpoints import mismatches
 from convlora.sam.zoo import Sam, checkpoint_blocks
@@ -49,7 +50,7 @@ class Segmenter(nn.Module):
         return self.logits(self.outputs(images))
 
     def outputs(self, images: Tensor, boxes: Tensor | None = None) -> Any:
-        """Return what the head's loss is a function of; a tensor if that is the logits.
+        """Return what the head gives; see `MaskDecoder.outputs`.
 
         Args:
             images: normalised [n, 3, s, s].
@@ -101,6 +102,10 @@ class Segmenter(nn.Module):
     def logits(self, outputs: Any) -> Tensor:
         """Return the logits [n, num_classes, s, s], in float32, that outputs amount to."""
         return self.mask_decoder.logits(outputs).float()
+
+    def for_loss(self, loss: nn.Module, outputs: Any) -> Any:
+        """Return what a loss is a function of: the outputs or the logits that they amount to."""
+        return outputs if takes_outputs(loss) else self.logits(outputs)
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Switch what is trained; the frozen modules stay in evaluation mode (statistics, dropout)."""

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from convlora.data.module import Batch
 from convlora.inference import Found, Predictor, to_found
+from convlora.losses import takes_outputs
 from convlora.metrics.scores import Scores
 from convlora.peft.method import aux_loss, learning_rates
 from convlora.prompts import Prompts, box_to_input, component_boxes, draw_boxes
@@ -26,7 +27,7 @@ class SegmentationTask(LightningModule):
 
     Args:
         segmenter: the model.
-        loss: of the head's outputs against class ids [n, 1, h, w]; a mean over images.
+        loss: of logits, or of the head's outputs, against class ids [n, 1, h, w]; a mean over images.
         scores: fed one image at a time.
         optimizer: makes the optimiser from groups of parameters.
         metadata: what an adapter file says of itself, kept in every Lightning checkpoint.
@@ -91,7 +92,8 @@ class SegmentationTask(LightningModule):
         masks, boxes = torch.stack(list(batch.masks))[:, None], None
         if self.prompts.box and torch.rand(()) < self.prompts.box:
             boxes, masks = draw_boxes(masks)
-        loss: Tensor = self.loss(self.segmenter.outputs(batch.images, boxes), masks)
+        given = self.segmenter.for_loss(self.loss, self.segmenter.outputs(batch.images, boxes))
+        loss: Tensor = self.loss(given, masks)
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
         self.log("train/lr", lr, batch_size=len(batch.images))
@@ -198,11 +200,12 @@ class SegmentationTask(LightningModule):
         rows = {}
         outputs = self.look(batch)
         logits = self.segmenter.logits(outputs)
-        at_native_size = isinstance(outputs, Tensor)  # the logits, which can be brought to any size
+        at_native_size = not takes_outputs(self.loss)  # but of logits, which can be brought to any size
         if not at_native_size:
             side = batch.images.shape[-1]
             masks = [fit_mask(*pair, side) for pair in zip(batch.masks, batch.contents, strict=True)]
-            mean_loss.update(self.loss(outputs, torch.stack(masks)[:, None]), weight=len(masks))
+            loss: Tensor = self.loss(outputs, torch.stack(masks)[:, None])
+            mean_loss.update(loss.expand(len(masks)))  # a weight is not looked at where NaN is kept
         for name, mask, content, logit in zip(batch.names, batch.masks, batch.contents, logits, strict=True):
             native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
             if at_native_size:

@@ -31,6 +31,7 @@ from convlora.checkpoint import (
 )
 from convlora.cli import command, given_overrides
 from convlora.draw import colors_of
+from convlora.losses import is_balanced
 from convlora.schema import Config, make
 from convlora.task import SegmentationTask
 from convlora.tracking import finish_wandb, publish
@@ -89,6 +90,8 @@ def train(config: TrainConfig) -> float | None:
     parts.data.use_bands(bands, "train", "val")
     for test in parts.tests:  # nor an image of another kind
         test.use_bands(bands, "test")
+    if is_balanced(parts.loss):
+        parts.loss.balance(parts.data.class_shares())
     table = run.ScoreTable()
     callbacks: list[Callback] = [*parts.callbacks.values(), RunCheckpoint("last"), StayStopped()]
     callbacks += [table, Overlays(table), Vitals(), make_progress(config.trainer["enable_progress_bar"])]
@@ -165,6 +168,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         "devices": devices_of(trainer),
         "precision": precision,
         **({} if bands is None else {"bands": bands.to_json()}),
+        **({"class weights": parts.loss.told(data.class_names)} if is_balanced(parts.loss) else {}),
     }
     task = SegmentationTask(
         segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed, parts.prompts

@@ -1,16 +1,19 @@
 """The released form of what the library computes otherwise: reference in tests, rival in benchmarks."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
 
+from convlora import IGNORED
 from convlora.peft.conv_experts import ConvExperts
 from convlora.sam.attention import RelPosAttention
 from convlora.sam.tiny_vit import TinyViTEncoder, WindowAttention
+from convlora.set_loss import SetLoss
 
 
 class LiteralExperts(nn.Module):
@@ -96,6 +99,52 @@ class ReleasedGate(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         return (maps.mean(dim=(2, 3)) @ self.w_gate).argmax(dim=1)
+
+
+def literal_set_loss(
+    classes: Tensor, masks: Tensor, ids: Tensor, loss: SetLoss, class_weights: Sequence[float] | None = None
+) -> Tensor:
+    """Mask2Former's loss over all pixels, image by image, the matching by trying every one.
+
+    Args:
+        classes: logits [n, q, c + 1].
+        masks: logits [n, q, h, w].
+        ids: of the classes [n, h, w].
+        loss: whose weights are used.
+        class_weights: of the classes.
+    """
+    images = []
+    for logits, found, mask in zip(classes, masks, ids.long(), strict=True):
+        valid = mask != IGNORED
+        pixels = found[:, valid]
+        kinds = sorted(set(mask[valid].tolist()))
+        if not kinds:
+            images.append(torch.zeros(3))
+            continue
+        number = len(logits[0]) - 1
+        weights = torch.tensor([*(class_weights or [1.0] * number), loss.no_class_weight])
+        targets = [(mask[valid] == kind).float() for kind in kinds]
+
+        def terms(query: int, index: int) -> Tensor:
+            probs, target = pixels[query].sigmoid(), targets[index]  # noqa: B023
+            dice = 1 - (2 * (probs * target).sum() + 1) / (probs.sum() + target.sum() + 1)
+            return torch.stack([F.binary_cross_entropy_with_logits(pixels[query], target), dice])  # noqa: B023
+
+        def cost(queries: tuple[int, ...]) -> float:
+            total = 0.0
+            for index, query in enumerate(queries):
+                parts = torch.cat([-logits[query].softmax(0)[kinds[index]][None], terms(query, index)])  # noqa: B023
+                total += float(torch.tensor(loss.costs).float() @ parts)
+            return total
+
+        best = min(itertools.permutations(range(len(logits)), len(kinds)), key=cost)
+        target = torch.full((len(logits),), number)
+        target[list(best)] = torch.tensor(kinds)
+        entropy = F.cross_entropy(logits, target, weight=weights)
+        matched = torch.stack([terms(query, index) for index, query in enumerate(best)])
+        own = weights[kinds][:, None]
+        images.append(torch.cat([entropy[None], (own * matched).sum(0) / own.sum()]))
+    return torch.stack(images).mean(0) @ torch.tensor(loss.weights).float()
 
 
 class EagerWindowAttention(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convlora.peft.method import aux_loss
+from convlora.segmenter import Segmenter
 
 RANKS = 2
 
@@ -71,3 +72,30 @@ def learn_from_halves(rank: int, folder: Path) -> None:
         learnt = task_gradients(parallel, share)
         found.append({name.removeprefix("module."): gradient for name, gradient in learnt.items()})
     torch.save(found, folder / f"{rank}.pt")
+
+
+class LossOf(nn.Module):
+    """A loss of what a segmenter makes of images."""
+
+    def __init__(self, segmenter: Segmenter, loss: nn.Module):
+        super().__init__()
+        self.segmenter = segmenter
+        self.loss = loss
+
+    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
+        given = self.segmenter.for_loss(self.loss, self.segmenter.outputs(images))
+        loss: Tensor = self.loss(given, masks)
+        return loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+
+
+def descend_on_halves(rank: int, folder: Path) -> None:
+    """Write the gradients of a `LossOf` that plain DDP finds, in its second step."""
+    module, images, masks = torch.load(folder / "step.pt", weights_only=False)
+    parallel = DistributedDataParallel(module)
+    for _ in range(2):
+        module.zero_grad()
+        parallel(images.chunk(RANKS)[rank], masks.chunk(RANKS)[rank]).backward()
+    torch.save(module.gradients(), folder / f"{rank}.pt")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.metrics
+from composed import names
 from conftest import SMALL, Commands, train_in
 from dashboards import dashboards, missing, unshown, workspace
 from PIL import Image
@@ -21,7 +22,6 @@ CLASSES = (
     f"dataset.class_names=[{','.join(NAMES)}]",
     f"dataset.class_colors={COLORS}".replace(" ", ""),
     "dataset.ignore_index=[1,2,3]",
-    "loss=cross_entropy_dice",
     "metrics=multiclass",
     "loading.num_workers=0",
     "trainer.accelerator=cpu",
@@ -29,6 +29,8 @@ CLASSES = (
 )
 MODEL = ("model=sam_tiny", *(option for option in SMALL if option.startswith(("model.", "optimizer."))))
 DATA = ("dataset=folder", "data_root=mine")
+LOSSES = {"per_class": "cross_entropy_dice", "query": "set"}
+PER_CLASS = "loss=cross_entropy_dice"
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +57,19 @@ def mine(cli: Commands, place: Path) -> Path:
     return Path(shutil.copytree(place / "mine", "mine"))
 
 
-@pytest.fixture(scope="module")
-def trained(place: Path) -> Path:
+@pytest.fixture(scope="module", params=names("head"))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, place: Path) -> Path:
     options = ("loading.batch_size=2", "optimizer.lr=1e-2", "trainer.max_epochs=15", "logger=wandb")
-    return train_in(place, *DATA, *CLASSES, *MODEL, *options)
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "mine").symlink_to(place / "mine")
+    own = (f"head={request.param}", f"loss={LOSSES[request.param]}")
+    return train_in(folder, *DATA, *CLASSES, *MODEL, *options, *own)
+
+
+@pytest.fixture
+def loss(request: pytest.FixtureRequest) -> str:
+    """The loss of the training."""
+    return f"loss={LOSSES[request.node.callspec.params['trained']]}"
 
 
 @pytest.fixture
@@ -75,7 +86,7 @@ def truth(path: Path) -> np.ndarray:  # type: ignore[type-arg]
     return ids
 
 
-def test_classes_are_learnt_scored_and_predicted_alike(cli: Commands, run: Path) -> None:
+def test_classes_are_learnt_scored_and_predicted_alike(cli: Commands, run: Path, loss: str) -> None:
     """The written PNGs, scored by scikit-learn, give what training and evaluation say."""
     summary = json.loads((run / "summary.json").read_text())
     assert summary["val/miou"] > 0.3  # of one class everywhere it would be a ninth
@@ -87,7 +98,7 @@ def test_classes_are_learnt_scored_and_predicted_alike(cli: Commands, run: Path)
     assert unshown(view, dashboard) == set()
     assert [row["truth"] for row in dashboard.tables["test/confusion_table"]] == NAMES
     checkpoint = f"checkpoint={run}/adapter.safetensors"
-    done = cli(evaluate, checkpoint, *DATA, *CLASSES, "output=out")
+    done = cli(evaluate, checkpoint, *DATA, *CLASSES, loss, "output=out")
     assert done.code == 0, done.err
     assert "iou_sand" in done.out
     record = json.loads(Path("out/scores.json").read_text())
@@ -113,9 +124,11 @@ def test_classes_are_learnt_scored_and_predicted_alike(cli: Commands, run: Path)
     assert rows == matrix.tolist()
 
 
-def test_two_ranks_score_several_classes_as_one_does(cli: Commands, run: Path, tmp_path: Path) -> None:
+def test_two_ranks_score_several_classes_as_one_does(
+    cli: Commands, run: Path, tmp_path: Path, loss: str
+) -> None:
     # sums of floats depend on what else is in a batch
-    common = (f"checkpoint={run}/adapter.safetensors", *DATA, *CLASSES, "loading.batch_size=1")
+    common = (f"checkpoint={run}/adapter.safetensors", *DATA, *CLASSES, loss, "loading.batch_size=1")
     done = cli(evaluate, *common, "output=one")
     assert done.code == 0, done.err
     together(command, tmp_path, evaluate.__name__, *common, "output=two")
@@ -134,11 +147,53 @@ def test_a_model_of_other_classes_is_refused(cli: Commands, run: Path) -> None:
     assert "adapter.safetensors has 3 classes (grass, sea, sand), synthetic has 1 (object)" in done.err
 
 
+def test_windows_are_blended_and_scored_by_the_loss_of_logits(cli: Commands, run: Path) -> None:
+    """So is a whole image, whatever the head, where no loss of its outputs is asked for."""
+    common = (f"checkpoint={run}/adapter.safetensors", *DATA, *CLASSES)
+    cut = ("tiles=true", "tile=40")
+    found = {}
+    for name, options in (("whole", ()), ("cut", cut)):
+        done = cli(evaluate, *common, PER_CLASS, *options, f"output={name}")
+        assert done.code == 0, done.err
+        found[name] = json.loads(Path(name, "scores.json").read_text())
+    assert 0 < found["whole"]["loss"] < 4
+    assert found["cut"]["loss"] < 6
+    refused = cli(evaluate, *common, "loss=set", *cut, "output=out")
+    assert refused.code == 1
+    assert "this loss is one of the head's outputs, but" in refused.err or "set head=query" in refused.err
+
+
+def test_balanced_weights_are_measured_told_and_kept(cli: Commands, mine: Path) -> None:
+    """Of the training masks alone, without the pixels that are ignored."""
+    counts = np.zeros(3)
+    for path in sorted((mine / "train/masks").iterdir()):
+        own = np.array([(truth(path) == index).sum() for index in range(3)])
+        counts += own / own.sum() / 8
+    job = (*DATA, *CLASSES, *MODEL, "head=query", "loss.class_weights=balanced", "logger=csv")
+    done = cli(train, *job, "trainer.max_epochs=1", "run_dir=run")
+    assert done.code == 0, done.err
+    expected = dict(zip(NAMES, np.median(counts) / counts, strict=True))
+    told = json.loads(Path("run/summary.json").read_text())["class weights"]
+    assert {word.split()[0]: float(word.split()[1]) for word in told.split(", ")} == pytest.approx(expected)
+    assert told in " ".join(done.out.split())
+    dry = cli(train, *job, "dry_run=true", "run_dir=dry")
+    assert "the median share of the pixels over each class's own" in " ".join(dry.out.split())
+    lone = cli(
+        evaluate, "checkpoint=run", *DATA, *CLASSES, "loss=set", "loss.class_weights=balanced", "output=o"
+    )
+    assert lone.code == 1
+    assert "loss.class_weights=balanced follows from training images; give the numbers" in lone.err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["metrics=binary"], "metrics.scores.dice is for a foreground, but the data set has 3 classes ("),
         (["loss=structure"], "the loss is for a foreground, here are 3 classes; set loss=cross_entropy_dice"),
+        (["loss=set"], "loss=set is for a head of queries, and this one gives logits; set head=query, or"),
+        (["head=query", "head.num_queries=2"], "head.num_queries=2 is less than the 3 classes, each of whi"),
+        (["loss.class_weights=[1,2]"], "loss.class_weights=[1.0, 2.0] are 2 numbers for 3 classes; give one"),
+        (["loss.class_weights=equal"], "loss.class_weights=equal must be numbers"),
         (["model.head=query"], "model.head has another name by now: write head"),
         (["dataset.ignore_index=null"], "[1, 2, 3], which is none of the 3 classes"),
         (["dataset.class_colors=null", "dataset.ignore_index=null"], "give the classes' colours in dataset"),
@@ -147,6 +202,16 @@ def test_a_model_of_other_classes_is_refused(cli: Commands, run: Path) -> None:
 def test_mistakes_are_told_with_the_way_out(
     cli: Commands, mine: Path, changes: list[str], message: str
 ) -> None:
-    done = cli(train, *DATA, *CLASSES, *MODEL, "trainer.max_epochs=1", "logger=csv", "run_dir=run", *changes)
+    done = cli(
+        train,
+        *DATA,
+        *CLASSES,
+        PER_CLASS,
+        *MODEL,
+        "trainer.max_epochs=1",
+        "logger=csv",
+        "run_dir=run",
+        *changes,
+    )
     assert done.code == 1
     assert message in done.err

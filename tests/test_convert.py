@@ -1,18 +1,21 @@
 """What AutoGluon trained in Hugging Face's SamModel gives the same masks as an adapter."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from composed import compose
 from conftest import Commands
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sam_models import SIDE, State, change, images, masks_of, told, trained
+from segment_anything.modeling import MaskDecoder
 from torch import Tensor, nn
 
 from convlora import adapter, convert, predict
@@ -180,6 +183,50 @@ def test_other_frozen_tensors_are_refused_with_a_way_out(run: Commands) -> None:
     assert_same(masks_by("a.safetensors"), "other base")
 
 
+@torch.no_grad()
+def test_queries_of_several_classes_give_what_the_released_code_does(cli: Commands) -> None:
+    """Its masks are those of segment-anything's decoder with these tokens and one MLP."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((6, 32), (4, 32), (4,)))
+    classifier = {"weight": weight, "bias": bias}
+    several = trained() | {"mask_decoder.mask_tokens.weight": 0.1 * tokens}
+    several |= {f"mask_decoder.output_classifier_mlps.{key}": value for key, value in classifier.items()}
+    torch.save(several, "model.pth")
+    names = ("class_names=[sky,sea,sand]",)
+    done = cli(convert, *MODEL, *names, "checkpoint=model.pth", "output=a.safetensors", "base=base.pth")
+    assert done.code == 0, done.err
+    again = cli(
+        convert, *MODEL, *names, "checkpoint=model.pth", "output=b.safetensors", "model.weights=base.pth"
+    )
+    assert again.code == 0, again.err
+    segmenter = adapter.load("a.safetensors", device="cpu").segmenter
+    sam = replace(TINY, decoder_eps=DECODER_EPS).build()
+    reference = MaskDecoder(
+        transformer_dim=32, transformer=sam.mask_decoder.transformer, num_multimask_outputs=5
+    )
+    state = {sam_name(name).removeprefix("mask_decoder."): value for name, value in several.items()}
+    kept = [name for name in reference.state_dict() if not name.startswith("iou_prediction_head")]
+    reference.load_state_dict(
+        {name: state[re.sub(r"mlps\.\d", "mlps.0", name)] for name in kept}, strict=False
+    )
+    found: list[Tensor] = []
+    reference.transformer.register_forward_hook(lambda *call: found.append(call[2][0][:, 1:]))
+    sparse = torch.empty(1, 0, 32)
+    embeddings, position, dense = (
+        segmenter.image_encoder(images()), segmenter.position_encoding, segmenter.dense_prompt
+    )  # fmt: skip
+    masks = torch.cat(
+        [reference.predict_masks(each[None], position, sparse, dense)[0] for each in embeddings]
+    )
+    masks = F.interpolate(masks, (SIDE, SIDE), mode="bilinear").sigmoid()
+    classes = F.linear(torch.cat(found), weight, bias).softmax(-1)[..., :3]
+    expected = (classes[..., None, None] * masks[:, :, None]).sum(1)
+    assert expected.std() > 0.02
+    torch.testing.assert_close(segmenter(images()).exp(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(masks_by("b.safetensors").exp(), expected, atol=1e-5, rtol=1e-4)
+    assert json.loads(metadata_of(Path("a.safetensors"))["class_names"]) == ["sky", "sea", "sand"]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_widened(run: Commands, dtype: str) -> None:
     torch.save(change(trained(), dtype), "half.pth")
@@ -227,14 +274,19 @@ def spoil(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Checkpoints that cannot be converted, by file name."""
     plain = {name: value for name, value in state.items() if ".lora_" not in name}
     tokens = "mask_decoder.mask_tokens.weight"
-    classifier = {"mask_decoder.output_classifier_mlps.weight": torch.zeros(4, 32)}
+    part = "mask_decoder.output_classifier_mlps"
+    classes = {f"{part}.weight": torch.zeros(4, 32), f"{part}.bias": torch.zeros(4)}
     layer = "vision_encoder.layers.0.attn.qkv"
     wide = {f"{layer}.lora_A": torch.zeros(2, 1280), f"{layer}.lora_B": torch.zeros(3840, 2)}
     return {
         "plain.pth": plain,
         "huge.pth": wide,
         "odd.pth": {f"{layer}.lora_A": torch.zeros(2, 17)},
-        "classes.pth": state | classifier,
+        "classes.pth": state | classes,
+        "few.pth": state | classes | {tokens: torch.zeros(2, 32)},
+        "bias.pth": state | classes | {tokens: torch.zeros(4, 32), f"{part}.weight": torch.zeros(5, 32)},
+        "deep.pth": state | classes | {tokens: torch.zeros(4, 32), f"{part}.1.weight": torch.zeros(4, 32)},
+        "mlps.pth": state | {"mask_decoder.output_hypernetworks_mlps.1.proj_in.bias": torch.zeros(32)},
         "tokens.pth": state | {tokens: torch.zeros(4, 32)},
         "more.pth": state | {"vision_encoder.extra.weight": torch.zeros(1)},
         "ia3.pth": state | {f"{layer}.lora_b": torch.zeros(48, 1)},
@@ -270,8 +322,12 @@ class Code:
          "has another; set model=sam_vit_h"),
         ("checkpoint=odd.pth", "checkpoint=odd.pth adapts an encoder of 17 channels, model=sam_tiny has "
          "another; no model= here has so many"),
-        ("checkpoint=classes.pth", "checkpoint=classes.pth tells several classes apart (mask_decoder.output"),
-        ("checkpoint=tokens.pth", "checkpoint=tokens.pth tells several classes apart (4 mask tokens), which"),
+        ("checkpoint=classes.pth", "checkpoint=classes.pth was trained on 3 classes, in the order of the"),
+        ("checkpoint=few.pth class_names=[a,b,c]", "checkpoint=few.pth has 2 mask tokens for 3 classes, bu"),
+        ("checkpoint=bias.pth class_names=[a,b,c]", "checkpoint=bias.pth is incomplete or no Conv-LoRA as "),
+        ("checkpoint=deep.pth class_names=[a,b,c]", "checkpoint=deep.pth is incomplete or no Conv-LoRA as "),
+        ("checkpoint=mlps.pth", "checkpoint=mlps.pth holds mask_decoder.output_hypernetworks_mlps.1.layers"),
+        ("checkpoint=tokens.pth", "checkpoint=tokens.pth holds 4 mask tokens, and no output_classifier_mlps"),
         ("checkpoint=more.pth", "checkpoint=more.pth holds image_encoder.extra.weight, which has no place"),
         ("checkpoint=ia3.pth", "checkpoint=ia3.pth holds image_encoder.blocks.0.attn.qkv.lora_b, which ha"),
         ("checkpoint=decoder.pth", "checkpoint=decoder.pth holds mask_decoder.output_upscaling.0.lora_A, wh"),
@@ -296,7 +352,7 @@ class Code:
         ("checkpoint=model.pth base=base.pth", "base=base.pth is there already; choose another name or remo"),
         ("checkpoint=model.pth base=b.safetensors", "base=b.safetensors must be a file name that ends in .p"),
         ("checkpoint=parts.pth base=b.pth", "parts.pth lacks "),
-        ("checkpoint=model.pth class_names=[a,b]", "class_names=['a', 'b'] must be one name, that of the fo"),
+        ("checkpoint=model.pth class_names=[a,b]", "checkpoint=model.pth was trained on the foreground alon"),
         ("", "checkpoint must be given; write checkpoint=VALUE"),
     ],
 )  # fmt: skip

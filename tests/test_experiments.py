@@ -10,7 +10,7 @@ from convlora import train
 
 PAPER = sorted(path.stem for path in (ROOT / "conf/experiment/paper").glob("*.yaml"))
 EPOCHS = {"camo": 20, "massachusetts_roads": 20, "sbu": 10}
-LOSSES = {"sbu": "BalancedBceLoss"} | dict.fromkeys(("trans10k_v1", "trans10k_v2"), "CrossEntropyDiceLoss")
+LOSSES = {"sbu": "BalancedBceLoss"} | dict.fromkeys(("trans10k_v1", "trans10k_v2"), "SetLoss")
 MONITORS = {
     "camo": "val/s_measure",
     "isic2017": "val/jaccard",
@@ -56,6 +56,18 @@ def test_experiment_is_the_papers_run(cli: Commands, name: str) -> None:
     assert config["loss"]["_target_"].endswith(f".{loss}")
     assert config["loss"].get("boundary_weighted") == (False if loss == "StructureLoss" else None)
     assert config["callbacks"]["early_stopping"]["monitor"] == MONITORS[name]
+    if loss == "SetLoss":
+        own = {key: value for key, value in config["loss"].items() if key[0] != "_"}
+        assert own == {
+            "costs": [1, 5, 5],
+            "weights": [1, 1, 1],
+            "no_class_weight": 0.1,
+            "num_points": 12544,
+            "oversample_ratio": 3,
+            "importance_sample_ratio": 0.75,
+            "class_weights": None,
+        }
+        assert (config["head"]["_target_"], config["head"]["spread"]) == ("convlora.heads.Query", 0)
     if name == "sbu":
         assert config["metrics"]["scores"]["ber"] == "convlora.metrics.shadow.ber"
 
@@ -65,11 +77,9 @@ def test_experiment_trains_the_papers_parameters(cli: Commands, name: str) -> No
     done = cli(train, f"experiment=paper/{name}", "dry_run=true")
     assert done.code == 0, done.err
     [trainable] = re.findall(r"([\d,]+) trainable", done.out)
-    if name.startswith("trans10k"):  # a mask token and an MLP for each class
+    if name.startswith("trans10k"):  # 15 mask tokens more, and a linear layer that tells their classes
         classes = {"trans10k_v1": 3, "trans10k_v2": 12}[name]
-        assert int(trainable.replace(",", "")) == 4_020_096 + (classes - 1) * (
-            256 + 2 * (256**2 + 256) + 257 * 32
-        )
+        assert int(trainable.replace(",", "")) == 4_020_096 + 15 * 256 + (256 + 1) * (classes + 1)
     else:
         assert trainable == "4,020,096"
 

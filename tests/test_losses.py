@@ -21,13 +21,14 @@ from convlora.losses import (
     SoftClDiceLoss,
     StructureLoss,
     Weighted,
+    is_balanced,
     local_mean,
     soft_skeleton,
 )
 from convlora.metrics.roads import cldice
 from convlora.schema import make
 
-FILES = sorted(path.stem for path in (ROOT / "conf/loss").glob("*.yaml"))
+FILES = sorted(path.stem for path in (ROOT / "conf/loss").glob("*.yaml") if path.stem != "set")
 each_loss = pytest.mark.parametrize("name", FILES)
 
 
@@ -125,6 +126,48 @@ def test_cross_entropy_dice_equals_pytorch_and_dice_over_the_classes_there() -> 
         entropy = F.cross_entropy(x[None], m[None], ignore_index=IGNORED)
         images.append(entropy + torch.stack(dice).mean())
     torch.testing.assert_close(CrossEntropyDiceLoss()(logits, masks), torch.stack(images).mean())
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 1.0], [0.5, 3.0, 0.0, 7.0]])
+def test_class_weights_are_those_of_pytorchs_cross_entropy(weights: list[float]) -> None:
+    """Image by image; the Dice loss has none."""
+    logits, masks = sample("cross_entropy_dice")
+    masks[0, 0, :5] = IGNORED
+    dice = CrossEntropyDiceLoss()(logits, masks) - mean_cross_entropy(logits, masks, [1.0] * 4)
+    found = CrossEntropyDiceLoss(weights)(logits, masks) - dice
+    torch.testing.assert_close(found, mean_cross_entropy(logits, masks, weights))
+
+
+def mean_cross_entropy(logits: Tensor, masks: Tensor, weights: list[float]) -> Tensor:
+    weight = torch.tensor(weights)
+    images = zip(logits, masks.long(), strict=True)
+    each = [F.cross_entropy(x[None], m, weight=weight, ignore_index=IGNORED) for x, m in images]
+    return torch.stack(each).mean()
+
+
+def test_balanced_weights_are_the_median_share_over_each_classs_own() -> None:
+    loss, logits = CrossEntropyDiceLoss("balanced"), sample("cross_entropy_dice")
+    assert is_balanced(loss)
+    torch.testing.assert_close(loss(*logits), CrossEntropyDiceLoss()(*logits))  # until they are known
+    loss.balance([0.5, 0.1, 0.0, 0.2])
+    torch.testing.assert_close(loss.weights_of(4, torch.device("cpu")), torch.tensor([0.4, 2.0, 1.0, 1.0]))
+    assert loss.told(["sky", "sea", "sand", "sun"]) == "sky 0.4, sea 2, sand 1, sun 1"
+    torch.testing.assert_close(loss(*logits), CrossEntropyDiceLoss([0.4, 2.0, 1.0, 1.0])(*logits))
+    assert not is_balanced(CrossEntropyDiceLoss([1.0, 2.0]))
+    assert not is_balanced(BceDiceLoss())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, -1.0], r"loss.class_weights=\[1.0, -1.0\] must be numbers of at least 0"),
+        ([0.0, 0.0], r"loss.class_weights=\[0.0, 0.0\] weigh nothing; set one to more than 0"),
+        ([1.0, 2.0], r"loss.class_weights=\[1.0, 2.0\] are 2 numbers for 4 classes; give one for each"),
+    ],
+)
+def test_impossible_class_weights_are_refused(weights: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CrossEntropyDiceLoss(weights)(*sample("cross_entropy_dice"))
 
 
 @each_loss

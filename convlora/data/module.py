@@ -6,6 +6,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from convlora import IGNORED
 from convlora.data.bands import Bands, measure
 from convlora.data.cache import CachedRead
 from convlora.data.images import image_size
@@ -136,6 +138,25 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def read(self, pair: Pair) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Load image [h, w, 3] and class ids [h, w]; raises what `read_pair` does."""
         return read_pair(pair, self.masks, self.bands)
+
+    def read_mask(self, pair: Pair) -> NDArray[np.uint8]:
+        """Load class ids [h, w]; raises what `Masks.read` does."""
+        return self.masks.read(pair.mask)
+
+    def class_shares(self) -> list[float]:
+        """Return the share of each class in the pixels of the training images in which it is.
+
+        It is a mean over those images, ignored pixels left out; 0 of a class that is in none. Raises what
+        `setup` and `read_mask` do.
+        """
+        with ThreadPoolExecutor(max(1, self.loading.num_workers)) as readers:
+            counts = np.stack(list(readers.map(self._count_pixels, self.listed("train"))))
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        found: list[float] = (shares.sum(axis=0) / np.maximum((counts > 0).sum(axis=0), 1)).tolist()
+        return found
+
+    def _count_pixels(self, pair: Pair) -> NDArray[np.int64]:
+        return np.bincount(self.read_mask(pair).ravel(), minlength=IGNORED + 1)[: self.num_classes]
 
     def measure_bands(self) -> Bands | None:
         """Return the bands that `loading` names, with their range over the training images.

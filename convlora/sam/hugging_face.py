@@ -13,6 +13,7 @@ from convlora.sam import checkpoints
 
 DECODER_EPS = 1e-6
 MASK_TOKENS = "mask_decoder.mask_tokens.weight"
+CLASSIFIER = "mask_decoder.output_classifier."  # which AutoGluon adds to a SamModel for several classes
 
 _PART = re.compile(r"(.*?)\b(?:vision_encoder|shared_image_embedding|prompt_encoder|mask_decoder)\.")
 _POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
@@ -38,6 +39,7 @@ _RENAMED = {
     r"^mask_decoder\.upscale_conv1\.": "mask_decoder.output_upscaling.0.",
     r"^mask_decoder\.upscale_layer_norm\.": "mask_decoder.output_upscaling.1.",
     r"^mask_decoder\.upscale_conv2\.": "mask_decoder.output_upscaling.3.",
+    r"^mask_decoder\.output_classifier_mlps\.": CLASSIFIER,
     rf"{_MLP}\.layers\.0\.": r"\1.layers.1.",
     rf"{_MLP}\.proj_in\.": r"\1.layers.0.",
     rf"{_MLP}\.proj_out\.": r"\1.layers.2.",
@@ -78,7 +80,7 @@ def read_sam_model(path: Path) -> dict[str, Tensor]:
 
 
 def as_sam(source: Path, tensors: Mapping[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Return a model of one mask as segment-anything's in float32, whose four masks all get its parts.
+    """Return a model as segment-anything's in float32, whose four masks all get the parts of its first one.
 
     Args:
         source: of the tensors, for messages.
@@ -95,5 +97,5 @@ def as_sam(source: Path, tensors: Mapping[str, Tensor], expected: Collection[str
             "weights can be made of it; take the checkpoint of the whole model, or leave base out"
         )
     state = {name: tensors[other].float() for name, other in sources.items()}
-    state[MASK_TOKENS] = state[MASK_TOKENS].repeat(4, 1)
+    state[MASK_TOKENS] = state[MASK_TOKENS][:1].repeat(4, 1)
     return state

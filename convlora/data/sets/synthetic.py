@@ -82,6 +82,9 @@ class Synthetic(SegmentationDataModule):
         split, index = SPLITS.index(pair.image.parts[-3]), int(pair.image.stem)
         return draw_scene(np.random.default_rng([self.scene_seed, split, index]), self.size)
 
+    def read_mask(self, pair: Pair) -> NDArray[np.uint8]:
+        return self.read(pair)[1]
+
 
 @dataclass(frozen=True)
 class Texture:
