@@ -70,7 +70,7 @@ class Adapter:
     class_colors: dict[str, list[int]]
     precision: str
     metadata: Mapping[str, str]
-    bands: Bands | None
+    bands: Bands | None = None
 
     @property
     def median_side(self) -> int | None:
