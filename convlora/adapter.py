@@ -1,6 +1,7 @@
 """The file that users keep: trained tensors with all that is needed to use them again."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -22,6 +23,7 @@ from convlora.build import (
 )
 from convlora.data.bands import Bands
 from convlora.data.transforms import Resize
+from convlora.fetch import fetch_from_hub
 from convlora.heads import Head
 from convlora.inference import Predictor
 from convlora.peft.method import Method
@@ -36,6 +38,8 @@ from convlora.task import check_agreement
 FORMAT = "convlora-adapter-3"
 NAME = "adapter.safetensors"
 WAY_OUT = "set model.weights=PATH to the weights it was trained on"
+# Of the hub, USER/REPO@REVISION, and no file's name
+REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*?(?<!\.safetensors)(?<!\.ckpt))(?:@([\w./-]+))?")
 # What an adapter file may ask to be built: its config comes from whoever made the file.
 PACKAGES = {
     "model": "convlora.sam.",
@@ -175,7 +179,7 @@ def load(
     A backbone that another predictor holds on the same device is shared with it and not read again.
 
     Args:
-        checkpoint: a run's folder, or an adapter file.
+        checkpoint: a run's folder, an adapter file, or USER/REPO of the Hugging Face Hub.
         weights: base weights, where they lie elsewhere than at training.
         precision: to compute in; None takes that of the training.
         device: `auto`, a GPU where there is one, or `cpu`, `cuda`, `cuda:1`.
@@ -217,10 +221,14 @@ def _unusable(device: str, precision: str, error: Exception) -> ValueError:
 
 
 def find(checkpoint: str | Path) -> Path:
-    """Return the adapter file that a run's folder holds, or the file itself.
+    """Return the adapter file that a run's folder holds, or the file itself, or one of the Hugging Face Hub.
+
+    Args:
+        checkpoint: a path; or USER/REPO or USER/REPO@REVISION, where there is no folder USER.
 
     Raises:
         FileNotFoundError: there is none.
+        OSError: the hub cannot be reached.
     """
     path = Path(checkpoint)
     if (path / NAME).is_file():
@@ -230,6 +238,8 @@ def find(checkpoint: str | Path) -> Path:
             f"{path} has not ended and has no adapter yet; "
             f"`python -m convlora.export {in_shell('checkpoint', path)}` makes one of its best epoch so far"
         )
+    if not path.parent.exists() and (named := REPOSITORY.fullmatch(str(checkpoint))):
+        return fetch_from_hub(named[1], named[2], NAME)
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")
     return path

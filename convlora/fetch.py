@@ -17,8 +17,17 @@ from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import huggingface_hub
 import requests
 from filelock import FileLock
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
@@ -61,6 +70,41 @@ def fetch(name: str, url: str, path: Path, sha256: str | None = None) -> Path:
             _verify(name, path, part, sha256)
             part.replace(path)
     return path
+
+
+def fetch_from_hub(repository: str, revision: str | None, name: str) -> Path:
+    """Return a file of a repository on the Hugging Face Hub, in the hub's own cache.
+
+    Args:
+        repository: USER/REPO.
+        revision: branch, tag or commit; None takes the newest.
+        name: of the file.
+
+    Raises:
+        FileNotFoundError: there is no such repository, revision or file, or it is not for this user.
+        OSError: the hub cannot be reached, and the cache lacks the file; or the disk is full.
+    """
+    where = f"no {repository} here"
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        reason = "the hub has no such repository, or it is private (`hf auth login`)"
+        raise FileNotFoundError(f"{where}, and {reason}; name a run's folder, or USER/REPO") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository} on the hub has no revision {revision}; name another"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "it is not reached"
+        reason = f"the hub was not asked or did not answer ({offline})"
+        raise OSError(
+            f"{where} nor in the hub's cache, and {reason}; name a run's folder, or try again"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repository} on the hub has no {name}; name one that has") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{repository}: could not get {name} from the hub ({reason}); try again") from error
 
 
 def unpack(name: str, archive: Path, root: Path) -> None:

@@ -31,8 +31,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
+
+from convlora.peft.method import without_autocast
 
 Activation = Literal["gelu", "identity"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -98,10 +100,10 @@ class ConvExperts(nn.Module):
         n, h, w, r = z.shape
         k = choice.shape[1]
         kind = (self.scales, self.interpolation, self.activation)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             y, x = axis_of(h, *kind, z.device), axis_of(w, *kind, z.device)
             tiles = cut(z.float()[:, None].expand(-1, k, -1, -1, -1).flatten(0, 1), y, x)
-            places = len(tiles) // (n * k)
+            places = tiles.shape[0] // (n * k)  # an export would take len() for a fixed number
             weight, bias = self.weight.float(), self.bias.float()
             out = RoutedExperts.apply(tiles, weight, bias, choice.flatten().repeat(places), (h, w), *kind)
             maps = paste(out, y, x).view(n, k, h, w, r)
@@ -158,7 +160,7 @@ class RoutedExperts(torch.autograd.Function):
         """Return the gradients of z, weight and bias; the columns are sampled again."""
         z, weight, choice, before = ctx.saved_tensors
         n, m, h, r, _, w = before.shape
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             rows, row_points, cols, col_points = gather_tables(choice, ctx.size, ctx.kind)
             d = grad.transpose(2, 3).reshape(n, 1, h, r, 1, w)
             if m > 1:
@@ -183,7 +185,7 @@ def cut(z: Tensor, y: Axis, x: Axis) -> Tensor:
     if len(y.tokens) == len(x.tokens) == 1:
         return z
     tiles = z.index_select(1, y.tokens.flatten()).index_select(2, x.tokens.flatten())
-    tiles = tiles.view(len(z), *y.tokens.shape, *x.tokens.shape, -1)
+    tiles = tiles.view(z.shape[0], *y.tokens.shape, *x.tokens.shape, -1)
     return tiles.permute(1, 3, 0, 2, 4, 5).flatten(0, 2)
 
 
@@ -200,7 +202,7 @@ def gather_tables(choice: Tensor, size: tuple[int, int], kind: Kind) -> tuple[Te
     """Return R, D, C and D' of each tile, by its expert and its place in the map."""
     y, x = (axis_of(side, *kind, choice.device) for side in size)
     places = len(y.tokens) * len(x.tokens)
-    place = torch.arange(len(choice), device=choice.device) // (len(choice) // places)
+    place = torch.arange(choice.shape[0], device=choice.device) // (choice.shape[0] // places)
     row, col = place // len(x.tokens), place % len(x.tokens)
     return y.rows[choice, row], y.points[choice, row], x.cols[choice, col], x.points[choice, col]
 
@@ -243,7 +245,7 @@ def _read_off(
     m = 1 if linear or all(scale % 2 == 1 for scale in scales) else POINTS[interpolation]
     samples, points = [], []
     # kept for training, wherever they are made, also where tensors have no data while a step is followed
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         for scale in scales:
             grid = grid_size(size, scale)
             read = 1 if scale % 2 == 1 else POINTS[interpolation]

@@ -104,7 +104,7 @@ def as_grid(tokens: Tensor) -> Tensor:
             f"Conv-LoRA needs tokens on a grid, [n, h, w, c] or square windows [n, l, c], got "
             f"{list(tokens.shape)}; choose other peft.targets or peft=lora"
         )
-    return tokens.view(len(tokens), side, side, -1)
+    return tokens.view(tokens.shape[0], side, side, -1)
 
 
 @dataclass(frozen=True, kw_only=True)

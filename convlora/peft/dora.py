@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convlora.peft.lora import LoRA, LoRALinear
+from convlora.peft.method import without_autocast
 
 
 class DoRALinear(LoRALinear):
@@ -41,7 +42,7 @@ class DoRALinear(LoRALinear):
 
     def scale(self) -> Tensor:
         """Return m / ||V||, [c_out] in float32; 1 at the start."""
-        with torch.autocast(self.magnitude.device.type, enabled=False):
+        with without_autocast(self.magnitude.device):
             return self.magnitude.float() / self.norm()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convlora.peft.method import HasAuxLoss
+from convlora.peft.method import HasAuxLoss, without_autocast
 
 Sees = Literal["mean", "spread"]
 Schedule = Literal["constant", "linear"]
@@ -176,7 +176,7 @@ class BalancedGate(HasAuxLoss, ABC):
 
     def forward(self, z: Tensor) -> Routes:
         """Route maps [n, h, w, channels]."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             return self.route(self.recipe.features(z.float()))
 
     @abstractmethod
@@ -279,7 +279,7 @@ class LayerGate(nn.Module):
 
     def forward(self, z: Tensor) -> Routes:
         """Route maps [n, h, w, channels]."""
-        return to_all(self.logits.float().softmax(dim=0).expand(len(z), -1))
+        return to_all(self.logits.float().softmax(dim=0).expand(z.shape[0], -1))
 
 
 class UniformGate(nn.Module):
@@ -295,7 +295,7 @@ class UniformGate(nn.Module):
 
     def forward(self, z: Tensor) -> Routes:
         """Route maps [n, h, w, channels]."""
-        shape = (len(z), self.num_experts)
+        shape = (z.shape[0], self.num_experts)
         return to_all(torch.full(shape, 1 / self.num_experts, dtype=torch.float32, device=z.device))
 
 

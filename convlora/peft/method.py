@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -116,6 +117,14 @@ class BlockMethod(Method):
     def __post_init__(self) -> None:
         if self.width is not None and getattr(self, self.width) < 1:
             raise ValueError(f"peft.{self.width}={getattr(self, self.width)} must be at least 1")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a context in which nothing is cast to half precision.
+
+    An export computes in float32 anyway, and a program that is kept has no room for such a context.
+    """
+    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(device.type, enabled=False)
 
 
 def zeroed(linear: nn.Linear) -> nn.Linear:

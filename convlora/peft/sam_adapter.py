@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
-from convlora.peft.method import Adapted, BlockMethod, transformer_blocks, zeroed
+from convlora.peft.method import Adapted, BlockMethod, transformer_blocks, without_autocast, zeroed
 
 
 class PromptedEncoder(Adapted):
@@ -63,11 +63,11 @@ def high_frequencies(images: Tensor, mask_ratio: float) -> Tensor:
     What is left loses its sign, as in the authors' code.
     """
     h, w = images.shape[-2:]
-    with torch.autocast(images.device.type, enabled=False):  # half precision has no FFT of all sizes
+    with without_autocast(images.device):  # half precision has no FFT of all sizes
         spectrum = torch.fft.rfft2(images.float())
         half = math.sqrt(mask_ratio * h * w) / 2
-        rows = torch.fft.fftfreq(h, 1 / h, device=images.device).abs()
-        columns = torch.fft.rfftfreq(w, 1 / w, device=images.device)
+        rows, columns = (torch.arange(side, device=images.device) for side in (h, w // 2 + 1))
+        rows = torch.minimum(rows, h - rows)  # frequencies beyond the half are those below 0
         low = (rows < half)[:, None] & (columns < half)
         details: Tensor = torch.fft.irfft2(spectrum * ~low, s=(h, w)).abs()
     return details.to(images.dtype)

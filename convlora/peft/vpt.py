@@ -36,7 +36,7 @@ class PromptedBlock(Adapted):
         block: Any = self.base
         grid: Tensor
         prompts: Tensor
-        grid, prompts = x if self.prompts is None else (x, self.prompts.expand(len(x), -1, -1))
+        grid, prompts = x if self.prompts is None else (x, self.prompts.expand(x.shape[0], -1, -1))
         attended, heard = self.attend(block.norm1(grid), block.norm1(prompts))
         grid = grid + attended
         grid = grid + block.mlp(block.norm2(grid))
@@ -52,10 +52,10 @@ class PromptedBlock(Adapted):
         if block.window_size == 0:
             return block.attn.with_prompts(grid, prompts)  # type: ignore[no-any-return]
         windows, padded = window_partition(grid, block.window_size)
-        each = len(windows) // len(grid)  # windows of an image lie side by side
+        each = windows.shape[0] // grid.shape[0]  # windows of an image lie side by side
         attended, heard = block.attn.with_prompts(windows, prompts.repeat_interleave(each, dim=0))
         attended = window_unpartition(attended, block.window_size, padded, grid.shape[1:3])
-        return attended, heard.unflatten(0, (len(grid), each)).mean(dim=1)
+        return attended, heard.unflatten(0, (grid.shape[0], each)).mean(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Scores held at a time on a CPU: few enough for its caches, enough for its matrix products.
 TILE = 2**21
@@ -182,7 +182,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def position_of_keys(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the row [h, w, h] and the column [h, w, w] of each token as one-hot vectors, made once."""
-    with unset_fake_temporarily():  # kept with its numbers, also where a step is followed that has none
+    with _disable_current_modes():  # kept with its numbers, also where a step is followed that has none
         return _position_of_keys(h, w, device)
 
 

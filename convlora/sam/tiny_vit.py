@@ -12,6 +12,13 @@ from timm.models.tiny_vit import Attention, ConvNorm, TinyVit
 from torch import Tensor, nn
 
 _HEAD = ("image_encoder.norm_head.", "image_encoder.head.")
+_HEAD_SHAPES = {
+    "image_encoder.norm_head.weight": (320,),
+    "image_encoder.norm_head.bias": (320,),
+    "image_encoder.head.weight": (1000, 320),
+    "image_encoder.head.bias": (1000,),
+}
+_NORMED = ("image_encoder.patch_embed.", "image_encoder.layers.")  # where each convolution has a batch norm
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _NORM_EPS = 1e-5
 _RENAMED = (
@@ -111,6 +118,39 @@ def convert_mobile_sam(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed = {_rename(key): value for key, value in state.items() if not key.startswith(_HEAD)}
     return fold_norms(renamed)
+
+
+def revert_mobile_sam(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring `TinyViTEncoder`'s tensors to MobileSAM's keys, of which `convert_mobile_sam` makes them again.
+
+    Its batch norms do nothing but add the offsets, its unused ImageNet head is zeros.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = _rename_back(key)
+        if not name.startswith(_NORMED):
+            found[name] = value
+        elif value.ndim == 4:
+            found[f"{name.removesuffix('.weight')}.c.weight"] = value
+        elif state.get(f"{key.removesuffix('.bias')}.weight", value).ndim == 4:
+            norm = f"{name.removesuffix('.bias')}.bn"
+            ones = torch.ones_like(value)
+            parts = (ones, value, torch.zeros_like(value), ones - _NORM_EPS, torch.tensor(0))
+            found |= {f"{norm}.{part}": each for part, each in zip(_NORM, parts, strict=True)}
+        else:
+            found[name] = value
+    return found | {name: torch.zeros(shape) for name, shape in _HEAD_SHAPES.items()}
+
+
+def _rename_back(key: str) -> str:
+    for old, new in _RENAMED:
+        key = key.replace(new, old)
+    parts = key.split(".")
+    if parts[:2] == ["image_encoder", "stages"]:
+        parts[1] = "layers"
+        if parts[3] == "downsample":
+            parts[2] = str(int(parts[2]) - 1)
+    return ".".join(parts)
 
 
 def fold_norms(state: dict[str, Tensor]) -> dict[str, Tensor]:

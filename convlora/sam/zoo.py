@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convlora.sam import checkpoints
 from convlora.sam.attention import RelPosAttention, resample_offsets
-from convlora.sam.tiny_vit import TinyViTEncoder, convert_mobile_sam
+from convlora.sam.tiny_vit import TinyViTEncoder, convert_mobile_sam, revert_mobile_sam
 
 FROZEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,6 +105,10 @@ class Backbone(ABC):
     @abstractmethod
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a public checkpoint under the keys and shapes of `build()` at this image size."""
+
+    def revert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of `build()` under a public checkpoint's keys, in the shapes of this image size."""
+        return state
 
     def build(self) -> Sam:
         """Return the architecture with random weights; also works under `torch.device("meta")`."""
@@ -239,6 +243,9 @@ class MobileSam(Backbone):
     def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the checkpoint under this encoder's names; it has no tables that depend on the size."""
         return convert_mobile_sam(state)
+
+    def revert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return revert_mobile_sam(state)
 
 
 def load_backbone(backbone: Backbone) -> tuple[Sam, str]:
