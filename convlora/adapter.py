@@ -129,7 +129,7 @@ class LoadedPredictor(Predictor):
         fabric: of the precision in which it computes.
     """
 
-    def __init__(self, file: "_File", base: SharedSam, fabric: Fabric):
+    def __init__(self, file: "File", base: SharedSam, fabric: Fabric):
         check_agreement(f"adapter {file.path}", file.metadata, base.identity, WAY_OUT)
         with torch.device(base.device):
             segmenter = Segmenter(base.take(), file.method, file.head, len(file.class_colors))
@@ -152,7 +152,7 @@ class LoadedPredictor(Predictor):
             FileNotFoundError: no such file.
             ValueError: what `read` refuses, or the adapter is of another base, image size or type of weights.
         """
-        file = _open(checkpoint, None, precision)
+        file = open_file(checkpoint, None, precision)
         way_out = f"open it beside this one by load({str(checkpoint)!r})"
         check_agreement(f"adapter {file.path}", file.metadata, self.base.identity, way_out)
         wanted, held = architecture(file.backbone), self.base.backbone
@@ -188,7 +188,7 @@ def load(
         FileNotFoundError: no such file.
         ValueError: what `read` refuses, or there is no such device or precision.
     """
-    file = _open(checkpoint, weights, precision)
+    file = open_file(checkpoint, weights, precision)
     fabric = _fabric(device, file.precision)
     say_precision(file.precision, str(fabric._precision.precision), fabric.device)
     sha256 = file.metadata.get("base_sha256", "")
@@ -253,7 +253,7 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
         ValueError: no adapter, damaged, asking for code outside the library or for an unknown download,
             or of other base weights.
     """
-    file = _open(checkpoint, weights, precision)
+    file = open_file(checkpoint, weights, precision)
     segmenter, identity = make_segmenter(file.backbone, file.method, file.head, len(file.class_colors))
     check_agreement(f"adapter {file.path}", file.metadata, identity, WAY_OUT)
     segmenter.load_trainable_state(file.state)
@@ -263,7 +263,7 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
     """What an adapter file holds, checked, before anything of it is built."""
 
     path: Path
@@ -278,8 +278,8 @@ class _File:
     bands: Bands | None
 
 
-def _open(checkpoint: str | Path, weights: str | None, precision: str | None) -> _File:
-    """Read an adapter file; raises what `read` does."""
+def open_file(checkpoint: str | Path, weights: str | None, precision: str | None) -> File:
+    """Read an adapter file, and build nothing of it; arguments and errors as of `read`."""
     path = find(checkpoint)
     if path.suffix == ".ckpt":
         made = f"`python -m convlora.export {in_shell('checkpoint', path.parent)}` makes one of it"
@@ -309,7 +309,7 @@ def _open(checkpoint: str | Path, weights: str | None, precision: str | None) ->
     names, colors = json.loads(metadata["class_names"]), json.loads(metadata["class_colors"])
     classes = dict(zip(names, colors, strict=True))
     method, head, resize = parts["peft"], parts["head"], parts["resize"]
-    return _File(path, metadata, state, backbone, method, head, resize, classes, precision, bands)
+    return File(path, metadata, state, backbone, method, head, resize, classes, precision, bands)
 
 
 @cache
