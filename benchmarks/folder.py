@@ -34,7 +34,7 @@ def make_images(folder: Path, count: int) -> list[Item]:
     for index in range(count):
         coarse = rng.integers(0, 255, (SIDE // 8, SIDE // 8, 3), np.uint8)
         cv2.imwrite(str(folder / f"{index}.jpg"), cv2.resize(coarse, (SIDE, SIDE)))
-    return [Item(folder / f"{index}.jpg", str(index), False, [""]) for index in range(count)]
+    return [Item(folder / f"{index}.jpg", str(index), False, [""], "me") for index in range(count)]
 
 
 def make_calls(
@@ -55,7 +55,7 @@ def make_calls(
 
     def whole() -> None:
         fresh = folder / f"{time.monotonic_ns()}"
-        predict_photos(items, predictor, Job(fresh, "benchmark", True, BATCH, 2, lambda steps, title: steps))
+        predict_photos(items, predictor, Job(fresh, True, BATCH, 2, lambda steps, title: steps))
 
     return {"model": alone, "predict": whole}
 

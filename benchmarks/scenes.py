@@ -70,8 +70,10 @@ def measure(model: str, side: int, folder: Path) -> dict[str, Any]:
     predictor = Predictor(segmenter, SquareResize(256), {"thing": [255, 0, 0]}, nullcontext)
     predictor.predict(np.zeros((512, 512, 3), np.uint8))
     before, start = memory("VmRSS"), time.perf_counter()
-    item = Item(folder / f"{side}.tif", f"{side}_mask", is_scene=True, kinds=["", "probabilities"])
-    job = Job(folder, "benchmark", True, 4, 0, lambda steps, title: steps)
+    item = Item(
+        folder / f"{side}.tif", f"{side}_mask", is_scene=True, kinds=["", "probabilities"], made_by="me"
+    )
+    job = Job(folder, True, 4, 0, lambda steps, title: steps)
     predict_scene(item, predictor, Tiling(512), job)
     taken = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,6 +1,7 @@
 """The file that users keep: trained tensors with all that is needed to use them again."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,6 +34,8 @@ from convlora.sam.zoo import Backbone
 from convlora.schema import Config, make
 from convlora.segmenter import Segmenter
 from convlora.task import check_agreement
+
+log = logging.getLogger(__name__)
 
 # A key that is absent means what it meant before it existed, so that later versions add keys.
 FORMAT = "convlora-adapter-3"
@@ -120,6 +123,18 @@ def save(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     new.replace(path)
 
 
+def keep_threshold(checkpoint: str | Path, threshold: float, found_by: str) -> None:
+    """Write a threshold into an adapter's file, which `threshold=tuned` then takes; all else in it stays.
+
+    Args:
+        checkpoint: as of `load`.
+        threshold: the least probability of foreground.
+        found_by: what it was chosen by, in words.
+    """
+    file = open_file(checkpoint, None, None)
+    save(file.path, file.state, {**file.metadata, "threshold": str(threshold), "threshold_by": found_by})
+
+
 class LoadedPredictor(Predictor):
     """A predictor on a backbone that others may share.
 
@@ -127,6 +142,9 @@ class LoadedPredictor(Predictor):
         file: what it is made of.
         base: the backbone.
         fabric: of the precision in which it computes.
+
+    Attributes:
+        metadata: of the adapter file.
     """
 
     def __init__(self, file: "File", base: SharedSam, fabric: Fabric):
@@ -138,6 +156,7 @@ class LoadedPredictor(Predictor):
         side, colors = _median_side(file.metadata), file.class_colors
         super().__init__(segmenter.eval(), file.resize, colors, fabric.autocast, file.bands, side)
         self.base = base
+        self.metadata = file.metadata
 
     def with_adapter(self, checkpoint: str | Path, precision: str | None = None) -> "LoadedPredictor":
         """Return a predictor of another adapter on the same backbone, which is in memory once.
@@ -220,6 +239,15 @@ def _unusable(device: str, precision: str, error: Exception) -> ValueError:
     )
 
 
+def say_prompts(name: str, metadata: Mapping[str, str]) -> None:
+    """Warn of prompts for an adapter that was trained without; `metadata` is its file's."""
+    if not json.loads(metadata["config"]).get("prompts", {}).get("box"):
+        log.warning(
+            f"{name} was trained without prompts (prompts.box=0), so that masks show what is left of SAM's "
+            "own sense of them; train prompts.box=0.5 for both"
+        )
+
+
 def find(checkpoint: str | Path) -> Path:
     """Return the adapter file that a run's folder holds, or the file itself, or one of the Hugging Face Hub.
 
@@ -239,6 +267,7 @@ def find(checkpoint: str | Path) -> Path:
             f"`python -m convlora.export {in_shell('checkpoint', path)}` makes one of its best epoch so far"
         )
     if not path.parent.exists() and (named := REPOSITORY.fullmatch(str(checkpoint))):
+        log.warning(f"{checkpoint}: no such folder, taken from the Hugging Face Hub")
         return fetch_from_hub(named[1], named[2], NAME)
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")

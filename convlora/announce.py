@@ -50,6 +50,9 @@ def announce(
         and f"peft.{parts.method.width} is the greatest that trains no more than {config.match:,} parameters",
         "head": spell(config.head),
         "loss": spell(config.loss),
+        "prompts": f"a box in {parts.prompts.box:.0%} of the steps, none in the others"
+        if parts.prompts.box
+        else None,
         "scores": f"{', '.join(parts.scores.names)}; {best.monitor} ({best.mode}) chooses the epoch",  # type: ignore[attr-defined]
         "optimiser": f"{spell(config.optimizer)}, lr falling linearly to 0 at each step",
         "schedule": describe_schedule(data, config.trainer, devices, size),

@@ -25,6 +25,7 @@ from convlora.heads import Head
 from convlora.metrics.scores import Scores
 from convlora.peft.conv_lora import EXPERTS
 from convlora.peft.method import Method
+from convlora.prompts import Prompts
 from convlora.run import count
 from convlora.sam.zoo import Backbone, hold_frozen, load_backbone
 from convlora.schema import Config, check_section, make, resolve
@@ -73,6 +74,7 @@ class Parts:
         scores: of a validation or test.
         optimizer: makes the optimiser from groups of parameters.
         callbacks: those of `callbacks=`, by name.
+        prompts: mixed into the training.
     """
 
     data: SegmentationDataModule
@@ -85,6 +87,7 @@ class Parts:
     scores: Scores
     optimizer: Optimizer
     callbacks: dict[str, Callback]
+    prompts: Prompts
 
 
 def settings_of(group: str) -> list[DictConfig]:
@@ -127,7 +130,13 @@ def make_parts(config_name: str, config: Any) -> Parts:
         name: make(f"callbacks.{name}", part) for name, part in config.callbacks.items() if part is not None
     }
     check_monitors(callbacks, scores)
-    return Parts(data, tests, backbone, method, head, outline, loss, scores, optimizer, callbacks)
+    prompts: Prompts = make("prompts", config.prompts)
+    if prompts.box and data.num_classes > 1:
+        raise ValueError(
+            f"prompts.box={prompts.box} is for a foreground, but {data.name} has {data.num_classes} classes; "
+            "leave it out"
+        )
+    return Parts(data, tests, backbone, method, head, outline, loss, scores, optimizer, callbacks, prompts)
 
 
 def make_outline(backbone: Backbone, method: Method, head: Head, num_classes: int) -> Segmenter:

@@ -1,34 +1,55 @@
 """Score an adapter: `python -m convlora.evaluate checkpoint=RUN dataset=cvc_clinicdb`."""
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from convlora import adapter, run
-from convlora.build import check_classes, make_loss, make_test_sets, make_trainer
+from convlora.adapter import Adapter
+from convlora.build import (
+    check_classes,
+    check_precision,
+    make_loss,
+    make_segmenter,
+    make_test_sets,
+    make_trainer,
+)
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
+from convlora.cleaning import choose_cleaning
 from convlora.cli import command, refuse_idle
-from convlora.data.images import image_size
+from convlora.data.images import allow_large_images, image_size
 from convlora.data.module import SegmentationDataModule
-from convlora.data.transforms import NativeSize
-from convlora.inference import TiledSegmenter
+from convlora.data.transforms import LongestSideResize, NativeSize, Resize
+from convlora.heads import SamsOwn
+from convlora.inference import Predictor, TiledSegmenter
+from convlora.metrics.thresholds import LEVELS, best_threshold, overlap_by_level
+from convlora.peft.selective import DecoderOnly
 from convlora.routing import Routing
-from convlora.schema import Config, make
+from convlora.sam.zoo import Backbone
+from convlora.schema import Config, make, suggest
 from convlora.segmenter import Segmenter
-from convlora.task import SegmentationTask
+from convlora.task import BoxPrompted, SegmentationTask
 from convlora.tiles import check_tile, choose_tiling
 
+PROTOCOLS = ("automatic", "box")
 IDLE = ("resize", "augment", "shots", "cache", "seed", "channels", "percentiles")  # of `loading`
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """The keys of conf/evaluate.yaml, where they are explained."""
 
-    checkpoint: str
+    checkpoint: str | None
+    protocol: str
     dataset: Config
     loading: Config
     model: Config
@@ -36,9 +57,12 @@ class EvaluateConfig:
     metrics: Config
     trainer: Config
     augment: Config
-    resize: None
+    resize: Config | None
     precision: str | None
     data_root: str
+    threshold: float | str
+    smallest: int
+    fill_holes: int | bool
     tiles: bool
     tile: int | None
     overlap: float
@@ -54,17 +78,15 @@ def evaluate(config: EvaluateConfig) -> None:
         OSError: the output cannot be made.
         ValueError: the adapter and a data set differ in their classes, or a setting has no effect.
     """
-    refuse_idle(
-        "model",
-        "augment",
-        "resize",
-        "trainer.precision",
-        *(f"loading.{key}" for key in IDLE),
-    )
-    trained = adapter.read(config.checkpoint, config.model["weights"], config.precision)
+    refuse_idle("augment", "trainer.precision", *(f"loading.{key}" for key in IDLE))
+    if config.protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={config.protocol}: {suggest(config.protocol, PROTOCOLS)}")
+    trained = untrained(config) if config.checkpoint is None else read(config)
+    name = config.checkpoint or f"model={trained.metadata['base']}"
     segmenter, resize, settings, tiling = trained.segmenter, trained.resize, config.loading, None
     if config.tiles:
-        tiling = choose_tiling(config.tile, config.overlap, trained.median_side, config.checkpoint)
+        allow_large_images()
+        tiling = choose_tiling(config.tile, config.overlap, trained.median_side, name)
         tiled = TiledSegmenter(segmenter, resize, tiling, settings["batch_size"])
         segmenter = cast(Segmenter, tiled)  # in whose place it stands, since nothing is trained here
         resize, settings = NativeSize(), {**settings, "batch_size": 1}
@@ -76,16 +98,20 @@ def evaluate(config: EvaluateConfig) -> None:
     for test in tests:  # a missing set should not come out after the others
         test.setup("test")
         test.use_bands(trained.bands, "test")
-    if config.tile is not None:
+    if config.tile is not None and not data.drawn:
         images = [pair.image for pair in data.listed("test")]
         check_tile(config.tile, ((image, image_size(image, trained.bands)) for image in images))
-    check_classes(config.checkpoint, list(trained.class_colors), data)
+    check_classes(name, list(trained.class_colors), data)
     table, output = run.ScoreTable(), Path(config.output)
     callbacks = [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
     if tiling is None:  # which cut images do not pass through as wholes
         callbacks.append(Routing())
     trainer = make_trainer(config.trainer, callbacks, precision=trained.precision, enable_checkpointing=False)
-    task = SegmentationTask(
+    if config.protocol == "box" and (tiling is not None or data.num_classes > 1):
+        reason = "tiles=true cuts images" if tiling is not None else f"{data.name} has several classes"
+        raise ValueError(f"protocol=box is for one object in whole images, but {reason}; leave it out")
+    kind = BoxPrompted if config.protocol == "box" else SegmentationTask
+    task = kind(
         segmenter,
         make_loss(config.loss, trained.segmenter),
         make("metrics", config.metrics, class_names=data.class_names),
@@ -93,6 +119,9 @@ def evaluate(config: EvaluateConfig) -> None:
         trained.metadata,
         {},
     )
+    tuned = tune(config, task, data, trainer.is_global_zero) if config.threshold == "tune" else None
+    given = (config.threshold if tuned is None else tuned, config.smallest, config.fill_holes)
+    task.cleaning = choose_cleaning(*given, trained.metadata, list(trained.class_colors), name)
     if trainer.is_global_zero:
         run.make_folder("output", output)
     with run.own_processes(trainer):
@@ -102,19 +131,119 @@ def evaluate(config: EvaluateConfig) -> None:
     counts = {test.name: {"images": len(test.listed("test"))} for test in tests}
     record: dict[str, Any] = {
         "checkpoint": config.checkpoint,
+        "model": trained.metadata["base"],
+        "protocol": config.protocol,
         "dataset": data.name,
         "precision": str(trainer.precision),
         "tile": None if tiling is None else tiling.side,
+        **asdict(task.cleaning),
+        "overlap": None if tiling is None else tiling.overlap,
         **counts[data.name],
         **results[data.name],
     }
     record["test_sets"] = {test.name: counts[test.name] | results[test.name] for test in tests[1:]}
     run.write_json(output / "scores.json", record)
+    if config.checkpoint is None:
+        keep_for_reports(config, task, results, output)
     console = Console(highlight=False, soft_wrap=True)
     if tiling is not None:
         console.print(f"by windows of {tiling.side} px")
+    if not task.cleaning.is_idle:
+        console.print(
+            f"masks of {', '.join(f'{key}={value}' for key, value in asdict(task.cleaning).items())}"
+        )
     console.print(render_scores(results))
     console.print(f"scores.json, images.csv and pictures in {output}")
+
+
+def read(config: EvaluateConfig) -> Adapter:
+    """Return the adapter that is scored; says where its training knew no prompts though it is given some."""
+    assert config.checkpoint is not None
+    refuse_idle("model", "resize")
+    trained = adapter.read(config.checkpoint, config.model["weights"], config.precision)
+    if config.protocol == "box":
+        adapter.say_prompts(config.checkpoint, trained.metadata)
+    return trained
+
+
+def untrained(config: EvaluateConfig) -> Adapter:
+    """Return SAM as it is: its own mask, that of the token for prompts that leave no doubt.
+
+    Raises:
+        ValueError: no model is named.
+    """
+    if "_target_" not in config.model:
+        raise ValueError("checkpoint=RUN must be given, or model=sam_vit_b to score SAM as it is")
+    backbone: Backbone = make("model", config.model)
+    size = backbone.image_size
+    resize: Resize = LongestSideResize(size) if config.resize is None else make("resize", config.resize)
+    if backbone.is_random:
+        log.warning(f"{backbone.name} has random weights, so its scores mean nothing")
+    segmenter, identity = make_segmenter(backbone, DecoderOnly(), SamsOwn(), 1)
+    precision = config.precision or "32-true"
+    check_precision("precision", precision)
+    colors = {"foreground": [255, 255, 255]}
+    metadata = adapter.describe({}, colors, identity, precision)
+    return Adapter(segmenter.eval(), resize, colors, precision, metadata, None)
+
+
+def tune(config: EvaluateConfig, task: SegmentationTask, data: SegmentationDataModule, keep: bool) -> float:
+    """Return the threshold at which the validation images have the greatest mean Dice, and keep it.
+
+    Where the primary score is an IoU or Jaccard index, that is made greatest instead. `smallest` and
+    `fill_holes` play no part in it.
+
+    Args:
+        config: of the command.
+        task: whose primary score it is.
+        data: that has validation images.
+        keep: whether to write it into the adapter's file.
+
+    Raises:
+        OSError: the file cannot be written, or images are missing.
+        ValueError: there are several classes, no adapter, or prompts.
+    """
+    if config.checkpoint is None or config.protocol != "automatic" or data.num_classes > 1:
+        raise ValueError(
+            "threshold=tune is for an adapter of a foreground alone, without prompts, and keeps the threshold "
+            "in its file; set a number, as threshold=0.5"
+        )
+    primary = task.scores_of("test").primary
+    score = "iou" if "iou" in primary or "jaccard" in primary else "dice"
+    data.setup("validate")
+    predictor: Predictor = adapter.load(config.checkpoint, config.model["weights"], config.precision)
+    data.use_bands(predictor.bands, "val")
+    if config.tiles:
+        predictor = predictor.tiled(config.tile, config.overlap, config.loading["batch_size"])
+    total = np.zeros(len(LEVELS))
+    for pair in data.listed("val"):
+        image, mask = data.read(pair)
+        [found] = predictor.segment([predictor.prepare(image)], [image.shape[:2]])
+        total += overlap_by_level(found.prob, mask == 1)[score]
+    threshold = best_threshold(total)
+    if keep:
+        adapter.keep_threshold(config.checkpoint, threshold, f"{score} of {data.name}'s validation images")
+    return threshold
+
+
+def keep_for_reports(
+    config: EvaluateConfig, task: SegmentationTask, results: Mapping[str, Any], output: Path
+) -> None:
+    """Write the scores of an untrained model as those of a run, which a report shows beside others."""
+    scores, [first, *others] = task.scores_of("test"), results
+    best = {"monitor": f"val/{scores.primary}", "mode": scores.mode}
+    arguments = ["peft=none", *([] if config.protocol == "automatic" else [f"protocol={config.protocol}"])]
+    settings = {"model": config.model, "seed": config.seed, "callbacks": {"best": best}}
+    run.write_record(output, arguments, settings)
+    summary = {
+        "dataset": first,
+        "test": results[first],
+        "test_sets": {name: results[name] for name in others},
+        "fit_seconds": 0.0,
+        "trainable_parameters": 0,
+        "total_parameters": run.count(task.segmenter),
+    }
+    run.write_json(output / run.SUMMARY, summary)
 
 
 main = command("evaluate", EvaluateConfig, evaluate, folder="output")

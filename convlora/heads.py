@@ -1,4 +1,4 @@
-"""Heads: how SAM's mask decoder, without prompts, comes to tell classes apart.
+"""Heads: how SAM's mask decoder, mostly without prompts, comes to tell classes apart.
 
 A head is a recipe. The decoder that it builds gives `outputs` for its loss and `logits(outputs)` for
 everything else; a loss that needs more than logits is taken at the size of the network's input.
@@ -20,7 +20,12 @@ class MaskDecoder(nn.Module, ABC):
 
     @abstractmethod
     def outputs(
-        self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor, size: tuple[int, int]
+        self,
+        embeddings: Tensor,
+        position_encoding: Tensor,
+        dense_prompt: Tensor,
+        size: tuple[int, int],
+        prompts: Tensor | None = None,
     ) -> Any:
         """Return, in float32, what the loss is a function of: logits, or tensors that amount to them.
 
@@ -29,6 +34,7 @@ class MaskDecoder(nn.Module, ABC):
             position_encoding: of the grid [1, c, h, w].
             dense_prompt: the embedding of "no mask" [1, c, h, w].
             size: of the network's input, which the masks in the outputs have too.
+            prompts: tokens [n, p, c] of a box or of points in each image, where it is prompted.
         """
 
     @abstractmethod
@@ -75,11 +81,18 @@ class PerClassDecoder(MaskDecoder):
         self.output_hypernetworks_mlps = nn.ModuleList(deepcopy(mlp) for _ in range(num_masks))
 
     def outputs(
-        self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor, size: tuple[int, int]
+        self,
+        embeddings: Tensor,
+        position_encoding: Tensor,
+        dense_prompt: Tensor,
+        size: tuple[int, int],
+        prompts: Tensor | None = None,
     ) -> Tensor:
         """Return mask logits [n, num_masks, *size] in float32."""
         n, c, h, w = embeddings.shape
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(n, -1, -1)
+        if prompts is not None:
+            tokens = torch.cat([tokens, prompts], dim=1)
         tokens, features = self.transformer(
             embeddings + dense_prompt, position_encoding.expand(n, -1, -1, -1), tokens
         )
@@ -90,3 +103,39 @@ class PerClassDecoder(MaskDecoder):
 
     def logits(self, outputs: Tensor) -> Tensor:
         return outputs
+
+
+@dataclass(frozen=True)
+class SamsOwn:
+    """SAM's decoder as it is, all of its mask tokens included: they attend to one another."""
+
+    def build(self, decoder: SamMaskDecoder, num_classes: int) -> "SamsOwnDecoder":
+        if num_classes > 1:
+            raise ValueError(
+                f"SAM as it is tells a foreground from the rest and not {num_classes} classes apart; train a "
+                "segmenter, checkpoint=RUN"
+            )
+        return SamsOwnDecoder(decoder)
+
+
+class SamsOwnDecoder(PerClassDecoder):
+    """Gives the mask of SAM's token 0, the one for unambiguous prompts; there to be scored, not trained.
+
+    Args:
+        decoder: SAM's decoder; its parts are taken over.
+    """
+
+    def __init__(self, decoder: SamMaskDecoder):
+        super().__init__(decoder, num_masks=1)
+        self.mask_tokens = decoder.mask_tokens
+        self.output_hypernetworks_mlps = decoder.output_hypernetworks_mlps
+
+    def outputs(
+        self,
+        embeddings: Tensor,
+        position_encoding: Tensor,
+        dense_prompt: Tensor,
+        size: tuple[int, int],
+        prompts: Tensor | None = None,
+    ) -> Tensor:
+        return super().outputs(embeddings, position_encoding, dense_prompt, size, prompts)[:, :1]

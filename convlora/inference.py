@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -10,13 +11,15 @@ import albumentations as A
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from convlora.cleaning import Cleaning
 from convlora.data.bands import Bands
-from convlora.data.images import read_image
+from convlora.data.images import allow_large_images, read_image, to_rgb
 from convlora.data.samples import to_tensor
 from convlora.data.transforms import NativeSize, Resize, eval_transform
+from convlora.prompts import Prompt, box_to_input, to_input
 from convlora.segmenter import Segmenter, restore_size, to_prediction
 from convlora.tiles import Grid, Tiling, choose_tiling
 
@@ -46,9 +49,10 @@ class Predictor:
         context: makes the context of the precision in which it computes.
         bands: how image files are read; None reads plain images.
         median_side: of the longer sides of the images trained on, px; None where it is not known.
+        cleaning: of the masks that are found.
 
     Attributes:
-        transform: makes the network's input of an image.
+        prepare: makes the network's input [3, s, s] of RGB pixels [h, w, 3]; holds nothing of the model.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Predictor:
         context: Callable[[], AbstractContextManager[object]],
         bands: Bands | None = None,
         median_side: int | None = None,
+        cleaning: Cleaning = Cleaning(),  # noqa: B008, frozen
     ):
         self.segmenter = segmenter
         self.resize = resize
@@ -66,7 +71,8 @@ class Predictor:
         self.context = context
         self.bands = bands
         self.median_side = median_side
-        self.transform: A.Compose = eval_transform(resize)
+        self.cleaning = cleaning
+        self.prepare: Callable[[Pixels], Tensor] = partial(as_input, eval_transform(resize))
 
     @overload
     def predict(self, images: str | Path | Image.Image, batch_size: int = 4) -> Found: ...
@@ -112,7 +118,7 @@ class Predictor:
         if isinstance(image, str | Path):
             return read_image(Path(image), self.bands)
         if isinstance(image, Image.Image) and self.bands is None:
-            image = image.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image), "the image")
         pixels = np.asarray(image)
         if self.bands is not None:
             if pixels.ndim != 3:
@@ -144,14 +150,60 @@ class Predictor:
         if isinstance(self.segmenter, TiledSegmenter):
             raise ValueError("this predictor cuts images already; call tiled of the one that load returned")
         tiling = choose_tiling(tile, overlap, self.median_side, "the adapter")
+        allow_large_images()
         segmenter = TiledSegmenter(self.segmenter, self.resize, tiling, batch_size)
-        return Predictor(
-            segmenter, NativeSize(), self.class_colors, self.context, self.bands, self.median_side
-        )
+        colors, bands, side = self.class_colors, self.bands, self.median_side
+        return Predictor(segmenter, NativeSize(), colors, self.context, bands, side, self.cleaning)
 
-    def prepare(self, pixels: Pixels) -> Tensor:
-        """Return RGB pixels [h, w, 3] as the network takes them [3, s, s]."""
-        return to_tensor(self.transform(image=pixels)["image"])
+    def prompt(self, image: One, prompts: Sequence[Prompt]) -> list[Found]:
+        """Segment the objects of one image that prompts tell, one by one.
+
+        Args:
+            image: as of `predict`.
+            prompts: a box, or points, in pixels of the image, for each object.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: what `predict` raises, a prompt lies outside the image, or there are several classes.
+        """
+        if len(self.class_colors) > 1:
+            raise ValueError(
+                f"prompts tell one object from the rest, the adapter {len(self.class_colors)} classes apart "
+                f"({', '.join(self.class_colors)}); leave the prompts out"
+            )
+        pixels = self.read(image)
+        size = pixels.shape[0], pixels.shape[1]
+        name = str(image) if isinstance(image, str | Path) else "the image"
+        content = self.resize.content(*size)
+        for each in prompts:
+            each.check(*size, name)
+        device = self.segmenter.dense_prompt.device
+        tokens = [embed(self._whole, each, size, content, device) for each in prompts]
+        return [
+            to_found(logits, self.cleaning) for logits in self.objects(self.prepare(pixels), size, tokens)
+        ]
+
+    def objects(self, pixels: Tensor, size: tuple[int, int], prompts: Sequence[Tensor]) -> Tensor:
+        """Return the logits [k, 1, h, w] of the objects of one image at its own size.
+
+        Args:
+            pixels: what `prepare` made of it.
+            size: its height and width, px.
+            prompts: tokens of each object, as `Segmenter.embed` gives them.
+        """
+        segmenter = self._whole
+        training = segmenter.training
+        segmenter.eval()
+        with torch.inference_mode(), self.context():
+            [logits] = segmenter.prompted(pixels[None].to(segmenter.dense_prompt.device), [prompts])
+        segmenter.train(training)
+        return torch.stack([restore_size(each, self.resize.content(*size), size) for each in logits])
+
+    @property
+    def _whole(self) -> Segmenter:
+        if isinstance(self.segmenter, TiledSegmenter):
+            raise ValueError("prompts are for whole images, and this predictor cuts them; leave tiles out")
+        return self.segmenter
 
     def segment(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Found]:
         """Segment a batch.
@@ -163,7 +215,7 @@ class Predictor:
         Returns:
             What is found in each image, at its own size.
         """
-        return [to_found(logits) for logits in self.logits(inputs, sizes)]
+        return [to_found(logits, self.cleaning) for logits in self.logits(inputs, sizes)]
 
     def logits(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Return the logits [c, h, w] of each image of a batch at its own size; arguments as of `segment`."""
@@ -183,10 +235,32 @@ class Predictor:
         ]
 
 
-def to_found(logits: Tensor) -> Found:
-    """Return what logits [c, h, w] say."""
+def as_input(transform: A.Compose, pixels: Pixels) -> Tensor:
+    """Return RGB pixels [h, w, 3] as the network takes them [3, s, s]."""
+    return to_tensor(transform(image=pixels)["image"])
+
+
+def to_found(logits: Tensor, cleaning: Cleaning) -> Found:
+    """Return what logits [c, h, w] say, cleaned."""
     classes, prob = to_prediction(logits)
-    return Found(classes.cpu().numpy(), prob.cpu().numpy())
+    return Found(*cleaning(classes.cpu().numpy(), prob.cpu().numpy()))
+
+
+def embed(
+    segmenter: Segmenter,
+    prompt: Prompt,
+    size: tuple[int, int],
+    content: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """Return the tokens [1, p, c] of a prompt in an image of that size; `content` as of `Resize`."""
+    box = points = labels = None
+    if prompt.box is not None:
+        box = box_to_input(torch.tensor([prompt.box]), size, content)[None].to(device)
+    if prompt.points:
+        points = to_input(torch.tensor(prompt.points), size, content)[None].to(device)
+        labels = torch.tensor([prompt.labels], device=device)
+    return segmenter.embed(box, points, labels)
 
 
 class TiledSegmenter(nn.Module):
@@ -204,6 +278,7 @@ class TiledSegmenter(nn.Module):
     def __init__(self, segmenter: Segmenter, resize: Resize, tiling: Tiling, batch_size: int):
         super().__init__()
         self.segmenter = segmenter
+        self.training = segmenter.training  # else to go back to it would switch the segmenter's
         self.tiling = tiling
         self.batch_size = batch_size
         self.windows = Predictor(segmenter, resize, {}, nullcontext)

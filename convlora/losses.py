@@ -177,6 +177,8 @@ class Weighted(nn.Module):
                 f"loss.weights has {', '.join(weights)}, but loss.terms {', '.join(terms)}; give each term "
                 "its weight"
             )
+        if not any(weights.values()):
+            raise ValueError("loss.weights are all 0, so nothing would be trained; give one above 0")
         wrong = [f"loss.weights.{name}={weight}" for name, weight in weights.items() if not weight >= 0]
         if wrong:
             raise ValueError(f"{wrong[0]} must be at least 0; 0 leaves the term out")
@@ -184,7 +186,7 @@ class Weighted(nn.Module):
         self.weights = dict(weights)
 
     def forward(self, outputs: Any, masks: Tensor) -> Tensor:
-        parts = [weight * self.terms[name](outputs, masks) for name, weight in self.weights.items()]
+        parts = [weight * self.terms[name](outputs, masks) for name, weight in self.weights.items() if weight]
         return torch.stack(parts).sum()
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,33 @@ def predict_photos(items: Sequence[Item], predictor: Predictor, job: Job) -> lis
                 write_routing(good, predictor, job)
             for loaded, each in zip(good, found, strict=True):
                 files = loaded.item.files(job.output)
-                write(write_files, loaded.item.path, files, each, predictor, job.made_by)
+                write(write_files, loaded.item, files, each, predictor)
+    return failures
+
+
+def predict_prompted(items: Sequence[Item], predictor: Predictor, job: Job) -> list[str]:
+    """Write the objects that prompts tell, a mask for each.
+
+    Args:
+        items: one for each prompt, those of an image in a row.
+        predictor: that segments them.
+        job: further settings.
+
+    Returns:
+        The errors of images that could not be read, or of prompts that do not lie in them.
+    """
+    failures: list[str] = []
+    images = [list(few) for _, few in groupby(items, key=lambda item: item.path)]
+    with writers() as write:
+        for few in job.track(images, "predict"):
+            prompts = [item.prompt for item in few if item.prompt is not None]
+            try:
+                found = predictor.prompt(few[0].path, prompts)
+            except (OSError, ValueError) as error:
+                failures.append(str(error))
+                continue
+            for item, each in zip(few, found, strict=True):
+                write(write_files, item, item.files(job.output), each, predictor)
     return failures
 
 
@@ -115,17 +142,15 @@ def writers() -> Iterator[Callable[..., None]]:
             future.result()
 
 
-def write_files(
-    source: Path, files: dict[str, Path], found: Found, predictor: Predictor, made_by: str
-) -> None:
+def write_files(item: Item, files: dict[str, Path], found: Found, predictor: Predictor) -> None:
     """Write the mask of one image and what else was asked for, the mask last."""
     colors = predictor.class_colors
     if "probabilities" in files:
-        save(Image.fromarray(found.prob), files["probabilities"], made_by)
+        save(Image.fromarray(found.prob), files["probabilities"], item.made_by)
     if "overlays" in files:
-        image = read_image(source, predictor.bands)
-        save(as_overlay(image, found.classes, colors), files["overlays"], made_by)
-    save(as_mask(found.classes, colors), files[""], made_by)
+        image = read_image(item.path, predictor.bands)
+        save(as_overlay(image, found.classes, colors), files["overlays"], item.made_by)
+    save(as_mask(found.classes, colors), files[""], item.made_by)
 
 
 def write_routing(items: Sequence[Loaded], predictor: Predictor, job: Job) -> None:
@@ -143,4 +168,4 @@ def write_routing(items: Sequence[Loaded], predictor: Predictor, job: Job) -> No
             scales,
             picture,
         )
-        save(Image.open(picture), loaded.item.files(job.output)["routing"], job.made_by)
+        save(Image.open(picture), loaded.item.files(job.output)["routing"], loaded.item.made_by)

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from rich.console import Console
 from rich.progress import track
 
 from convlora import adapter, run
+from convlora.cleaning import Cleaning, choose_cleaning
 from convlora.cli import command, plain, refuse_idle
-from convlora.data.images import image_size
+from convlora.data.images import allow_large_images, image_size
 from convlora.geotiff import check_place, is_scene, scene_size
-from convlora.photos import check_routing, predict_photos
+from convlora.photos import check_routing, predict_photos, predict_prompted
+from convlora.prompts import by_image, read_prompts
 from convlora.scenes import predict_scene
 from convlora.schema import Config
 from convlora.tiles import check_tile, choose_tiling
-from convlora.writing import Item, Job, find_images, left_to_do
+from convlora.writing import Item, Job, check_targets, find_images, left_to_do, remove_stale
+
+FORMAT = 1  # of what is written; changes when the same image and settings would give other files
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,14 @@ class PredictConfig:
     checkpoint: str
     input: str
     output: str
+    threshold: float | str
+    smallest: int
+    fill_holes: int | bool
     probabilities: bool
     overlays: bool
     routing: bool
     polygons: bool
+    prompts_file: str | None
     overwrite: bool
     tiles: bool | None
     tile: int | None
@@ -57,29 +66,64 @@ def predict(config: PredictConfig) -> None:
         SystemExit: with code 1 where an image could not be read; all others are done by then.
     """
     refuse_idle("model")
+    if config.tiles:
+        allow_large_images()
     output, path = Path(config.output), adapter.find(config.checkpoint)
     wanted = {"probabilities": config.probabilities, "overlays": config.overlays, "routing": config.routing}
     kinds = ["", *(kind for kind, is_wanted in wanted.items() if is_wanted)]
-    polygons = ["polygons"] * config.polygons
+    kinds += ["polygons"] * config.polygons
+    file = adapter.open_file(config.checkpoint, config.model["weights"], config.precision)
+    cleaning = cleaning_of(config, file.metadata, file.class_colors)
+    settings = identify(path, config, cleaning)
     items = [
-        Item(image, name, is_scene(image, config.tiles), [*kinds, *polygons])
+        Item(image, name, is_scene(image, config.tiles), kinds, mark(settings, image))
         for image, name in find_images(Path(config.input), output).items()
     ]
+    if config.prompts_file is not None:
+        items = with_prompts(config, items)
     check_items(config, items)
-    made_by = identify(path, config)
-    todo = left_to_do(items, output, made_by, config.overwrite)
+    check_targets(items, output)
+    todo = left_to_do(items, output, config.overwrite)
     run.make_folder("output", output)
     console = Console(highlight=False, soft_wrap=True)
     if len(todo) < len(items):
         console.print(
             f"{len(items) - len(todo)} of {len(items)} are there already; overwrite=true makes them anew"
         )
-    failures = in_processes(config, todo, made_by) if todo else []
+    if config.overwrite:
+        remove_stale(todo, output)
+    try:
+        failures = in_processes(config, todo) if todo else []
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on after what is written")
+        raise
     console.print(f"{len(todo) - len(failures)} of {len(todo)} masks written to {output}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
     if failures:
         raise SystemExit(1)
+
+
+def with_prompts(config: PredictConfig, items: Sequence[Item]) -> list[Item]:
+    """Return an item for each prompt, called NAME_1 and so on; images without prompts are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be understood, names no image, or another setting does not go with it.
+    """
+    for name in ("tiles", "routing", "polygons"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name}=true is for whole images without prompts; leave out {name} or prompts_file"
+            )
+    source = Path(config.prompts_file or "")
+    names = {item.path: f"{item.name.removesuffix(item.path.suffix)}{item.path.suffix}" for item in items}
+    prompts = by_image(read_prompts(source), names, source)
+    return [
+        replace(item, name=f"{item.name}_{number}", is_scene=False, prompt=prompt)
+        for item in items
+        for number, prompt in enumerate(prompts.get(item.path, ()), start=1)
+    ]
 
 
 def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
@@ -95,10 +139,20 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
     if config.routing and config.tiles:
         raise ValueError("routing=true shows whole images, but tiles=true cuts them; leave one of them out")
     if config.polygons and photo is not None:
-        raise ValueError(f"polygons=true is for GeoTIFF, but {photo} is none; leave it out")
+        reason = "is not read as one, by tiles=false" if config.tiles is False else "is none"
+        raise ValueError(f"polygons=true is for GeoTIFF, but {photo} {reason}; leave that out")
     if config.polygons:
         for item in items:
             check_place(item.path)
+    if scene is not None and (config.smallest or config.fill_holes):
+        name = "smallest" if config.smallest else "fill_holes"
+        raise ValueError(
+            f"{name}={getattr(config, name)} needs the whole mask, but {scene} is written by rows of windows; "
+            "leave it out, or set tiles=false"
+        )
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
     if config.devices < 1:
         raise ValueError(f"devices={config.devices} must be at least 1, the number of devices that share")
     if config.devices > 1 and ":" in config.device:
@@ -114,29 +168,48 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
     )
 
 
-def identify(path: Path, config: PredictConfig) -> str:
+def cleaning_of(config: PredictConfig, metadata: Mapping[str, str], class_names: Iterable[str]) -> Cleaning:
+    """Return how masks are cleaned; arguments and errors as of `choose_cleaning`."""
+    given = (config.threshold, config.smallest, config.fill_holes)
+    return choose_cleaning(*given, metadata, list(class_names), config.checkpoint)
+
+
+def identify(path: Path, config: PredictConfig, cleaning: Cleaning) -> str:
     """Return what tells the masks of an adapter and of settings from those of others."""
-    settings = [config.precision, config.tiles, config.tile, config.overlap]
+    prompts = None if config.prompts_file is None else Path(config.prompts_file).read_text()
+    settings: list[Any] = [config.precision, config.tiles, config.tile, config.overlap, prompts]
+    settings += [] if cleaning.is_idle else [asdict(cleaning)]
     content = hashlib.sha256(path.read_bytes()).hexdigest() + json.dumps(settings)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def mark(settings: str, image: Path) -> str:
+    """Return what tells the files of an image, as it is now, from those of other images and settings."""
+    stat = image.stat()
+    content = f"{FORMAT} {settings} {stat.st_size} {stat.st_mtime_ns}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def in_processes(config: PredictConfig, items: Sequence[Item], made_by: str) -> list[str]:
+def in_processes(config: PredictConfig, items: Sequence[Item]) -> list[str]:
     """Predict on one or several devices, each by a process of its own; returns what could not be read."""
     count = min(config.devices, len(items))
     if count == 1:
-        return predict_share(config, items, made_by)
+        return predict_share(config, items)
     there = torch.cuda.device_count()
     kind = config.device if config.device != "auto" else "cuda" if there else "cpu"
     if kind == "cuda" and there < config.devices:
-        raise ValueError(f"devices={config.devices}, but this machine has {there} GPUs; set devices={there}")
+        way_out = f"set devices={there}" if there else "set device=cpu"
+        raise ValueError(f"devices={config.devices}, but this machine has {there} GPUs; {way_out}")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _begin, (count if kind == "cpu" else 1,)) as pool:
-        shares = [
-            pool.submit(predict_share, config, items[rank::count], made_by, rank, kind)
-            for rank in range(count)
-        ]
-        return [failure for share in shares for failure in share.result()]
+        shares = [pool.submit(predict_share, config, items[rank::count], rank, kind) for rank in range(count)]
+        try:
+            return [failure for share in shares for failure in share.result()]
+        except BrokenProcessPool as error:
+            raise OSError(
+                "the process of a device has ended; if memory ran out, set batch_size=1 or fewer devices. "
+                "The same command goes on after what is written"
+            ) from error
 
 
 def _begin(processes: int) -> None:
@@ -146,14 +219,13 @@ def _begin(processes: int) -> None:
 
 
 def predict_share(
-    config: PredictConfig, items: Sequence[Item], made_by: str, rank: int = 0, kind: str | None = None
+    config: PredictConfig, items: Sequence[Item], rank: int = 0, kind: str | None = None
 ) -> list[str]:
     """Predict on one device.
 
     Args:
         config: of the command.
         items: those of this process.
-        made_by: identifies adapter and settings.
         rank: of this process among those that share; the first shows its progress.
         kind: of device; None takes the one of the config.
 
@@ -162,6 +234,7 @@ def predict_share(
     """
     device = config.device if kind is None else f"cuda:{rank}" if kind == "cuda" else kind
     predictor = adapter.load(config.checkpoint, config.model["weights"], config.precision, device)
+    predictor.cleaning = cleaning_of(config, predictor.metadata, predictor.class_colors)
     if config.routing:
         check_routing(predictor, config.checkpoint)
     console = Console(highlight=False, soft_wrap=True)
@@ -170,11 +243,15 @@ def predict_share(
         return track(steps, title, console=console) if rank == 0 else steps
 
     size, workers = config.batch_size, config.num_workers
-    job = Job(Path(config.output), made_by, config.overwrite, size, workers, show)
+    job = Job(Path(config.output), config.overwrite, size, workers, show)
     photos = [item for item in items if not item.is_scene]
     scenes = [item for item in items if item.is_scene]
     failures = []
+    if config.prompts_file is not None:
+        adapter.say_prompts(config.checkpoint, predictor.metadata)
+        return predict_prompted(photos, predictor, job)
     if photos and config.tiles:
+        allow_large_images()
         cut = predictor.tiled(config.tile, config.overlap, size)
         failures += predict_photos(photos, cut, replace(job, batch_size=1))
     elif photos:

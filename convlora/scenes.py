@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from convlora.cleaning import Cleaning
 from convlora.data.bands import Bands, load_rasterio, open_raster
 from convlora.data.cache import reserve
-from convlora.geotiff import read_window, write_polygons, write_raster
+from convlora.geotiff import read_window, valid_pixels, write_polygons, write_raster
 from convlora.inference import Pixels, Predictor, to_found
 from convlora.tiles import COLUMNS, Grid, Tiling
 from convlora.writing import Item, Job
@@ -46,7 +47,7 @@ class Windows(Dataset[Tensor | None]):
         top, left, height, width = self.windows[index]
         window = load_rasterio().windows.Window(left, top, width, height)
         with open_raster(self.path) as source:
-            if not source.dataset_mask(window=window).any():
+            if not valid_pixels(source, self.bands, window).any():
                 return None
             pixels = read_window(source, self.path, self.bands, window)
         return self.prepare(self.grid.padded(pixels))
@@ -71,21 +72,28 @@ def predict_scene(item: Item, predictor: Predictor, tiling: Tiling, job: Job) ->
     files, colors = item.files(job.output), predictor.class_colors
     rasters = [files[kind] for kind in ("", "probabilities") if kind in files]
     if job.overwrite or not all(file.exists() for file in rasters):
-        part = _segment(item.path, files[""], predictor, tiling, job)
+        try:
+            part = _segment(item, files[""], predictor, tiling, job)
+        except ValueError:  # the scene is damaged, so nothing goes on from here
+            Part.forget(files[""])
+            raise
         if "probabilities" in files:
-            write_raster(item.path, files["probabilities"], partial(part.read, 1), job.made_by, None)
-        write_raster(item.path, files[""], partial(part.read, 0), job.made_by, colors)
-        part.remove()
+            write_raster(item, files["probabilities"], partial(part.read, 1), predictor.bands, None)
+        write_raster(item, files[""], partial(part.read, 0), predictor.bands, colors)
+        Part.forget(files[""])
+    else:
+        Part.forget(files[""])  # of a call that ended between the mask and its removal
     if "polygons" in files:
-        write_polygons(files[""], files["polygons"], list(colors), job.made_by)
+        write_polygons(files[""], files["polygons"], list(colors), item.made_by)
 
 
-def _segment(path: Path, mask: Path, predictor: Predictor, tiling: Tiling, job: Job) -> "Part":
+def _segment(item: Item, mask: Path, predictor: Predictor, tiling: Tiling, job: Job) -> "Part":
+    path = item.path
     with open_raster(path) as source:
         grid = Grid(source.height, source.width, tiling)
         read_window(source, path, predictor.bands, load_rasterio().windows.Window(0, 0, 1, 1))
     classes = len(predictor.class_colors)
-    part = Part(mask.with_name(f"{mask.name}.part"), path, grid, classes, job.made_by)
+    part = Part(mask, path, grid, classes, item.made_by)
     if part.rows == len(grid.tops):
         return part
     first = grid.first_row(part.rows) * len(grid.lefts)
@@ -93,8 +101,8 @@ def _segment(path: Path, mask: Path, predictor: Predictor, tiling: Tiling, job: 
     loader = DataLoader(windows, job.batch_size, num_workers=job.num_workers, collate_fn=list)
     tiles = _logits(job.track(loader, path.name), predictor, grid)
     for top, rows in grid.blend(tiles, part.store(), part.rows):
-        part.write(top, rows)
-    next(tiles, None)  # there is none, but the progress is seen to reach its end
+        part.write(top, rows, predictor.cleaning)
+    next(tiles, None)  # lets the bar of the progress reach its end
     return part
 
 
@@ -115,7 +123,7 @@ class Part:
     """What is done of a scene, on the disk: classes, probabilities, and room for the sums of logits.
 
     Args:
-        path: of the file; beside it a JSON file says what is done, and of what.
+        mask: file beside which the part lies; beside that a JSON file says what is done, and of what.
         scene: the file that is segmented.
         grid: its windows.
         classes: number of logits of each pixel.
@@ -128,12 +136,12 @@ class Part:
         OSError: there is no room on the disk.
     """
 
-    def __init__(self, path: Path, scene: Path, grid: Grid, classes: int, made_by: str):
-        self.path, self.grid = path, grid
-        self.journal = path.with_name(f"{path.name}.json")
+    def __init__(self, mask: Path, scene: Path, grid: Grid, classes: int, made_by: str):
+        self.grid = grid
+        self.path, self.journal = self.files(mask)
+        path = self.path
         self.shape = (classes, grid.size[0], grid.width)
-        stat = scene.stat()
-        self.of = {"made_by": made_by, "size": stat.st_size, "changed": stat.st_mtime_ns}
+        self.of = made_by
         self.pixels = grid.height * grid.width
         self.rows = 0
         if path.is_file() and self.journal.is_file():
@@ -162,12 +170,12 @@ class Part:
         store[:] = 0
         return torch.from_numpy(store)
 
-    def write(self, top: int, logits: Tensor) -> None:
-        """Keep what the logits [c, h, width] of the next row of windows say."""
+    def write(self, top: int, logits: Tensor, cleaning: Cleaning) -> None:
+        """Keep what the logits [c, h, width] of the next row of windows say, cleaned pixel by pixel."""
         height = logits.shape[1]
         layers = np.empty((2, height, self.grid.width), np.uint8)
         for left in range(0, self.grid.width, COLUMNS):
-            found = to_found(logits[:, :, left : left + COLUMNS])
+            found = to_found(logits[:, :, left : left + COLUMNS], cleaning)
             layers[0, :, left : left + COLUMNS], layers[1, :, left : left + COLUMNS] = found
         with self.path.open("r+b") as file:
             for layer in (0, 1):
@@ -183,10 +191,16 @@ class Part:
             file.seek(layer * self.pixels + top * width)
             return np.frombuffer(file.read(height * width), np.uint8).reshape(height, width)
 
-    def remove(self) -> None:
-        """Delete the files of the part."""
-        self.journal.unlink()
-        self.path.unlink()
+    @staticmethod
+    def files(mask: Path) -> tuple[Path, Path]:
+        """Return the files of the part of a mask: the data, and what is done of it."""
+        return mask.with_name(f"{mask.name}.part"), mask.with_name(f"{mask.name}.part.json")
+
+    @classmethod
+    def forget(cls, mask: Path) -> None:
+        """Delete the part of a mask, if there is one."""
+        for file in cls.files(mask)[::-1]:
+            file.unlink(missing_ok=True)
 
     def _note(self) -> None:
         new = self.journal.with_name(f"{self.journal.name}.new")

@@ -1,6 +1,6 @@
-"""The prompt-free segmenter: what is trained, predicted with and exported."""
+"""The segmenter: what is trained, predicted with and exported. It needs no prompts, but may be given some."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlora import IGNORED
+from convlora.cleaning import HALF
 from convlora.heads import Head, PerClass
 from convlora.peft.method import Method
 from convlora.sam.checkpoints import mismatches
 from convlora.sam.zoo import Sam, checkpoint_blocks
 
-HALF = 128  # of 8-bit probabilities, the least that is at least one half
+NOTHING = -20.0  # logit where no object is asked for; its probability is 0 in 8 bits
 
 
 class Segmenter(nn.Module):
-    """A frozen SAM with an adapted image encoder and a trained mask decoder; it takes no prompts.
+    """A frozen SAM with an adapted image encoder and a trained mask decoder, which works without prompts.
 
     Args:
         sam: the backbone; taken over, not copied.
@@ -47,11 +48,55 @@ class Segmenter(nn.Module):
         """Return the logits of normalised images [n, 3, s, s]."""
         return self.logits(self.outputs(images))
 
-    def outputs(self, images: Tensor) -> Any:
-        """Return what the head's loss is a function of; a tensor if that is the logits."""
-        embeddings = self.image_encoder(images)
+    def outputs(self, images: Tensor, boxes: Tensor | None = None) -> Any:
+        """Return what the head's loss is a function of; a tensor if that is the logits.
+
+        Args:
+            images: normalised [n, 3, s, s].
+            boxes: of the object that is meant in each image [n, 4], px of the input; None means all.
+        """
+        prompts = None if boxes is None else self.embed(boxes[:, None])
+        return self._decode(self.image_encoder(images), (images.shape[2], images.shape[3]), prompts)
+
+    def prompted(self, images: Tensor, prompts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return the logits of each object that prompts tell; the image encoder sees each image once.
+
+        Args:
+            images: normalised [n, 3, s, s].
+            prompts: of each image, tokens [1, p, c] of each object, as `embed` gives them.
+
+        Returns:
+            Logits of the objects [k, 1, s, s] of each image, in float32.
+        """
         size = images.shape[2], images.shape[3]
-        return self.mask_decoder.outputs(embeddings, self.position_encoding, self.dense_prompt, size)
+        return [
+            torch.cat([self.logits(self._decode(embedding[None], size, tokens)) for tokens in objects])
+            if objects
+            else embedding.new_empty(0, 1, *size, dtype=torch.float32)
+            for embedding, objects in zip(self.image_encoder(images), prompts, strict=True)
+        ]
+
+    def embed(
+        self,
+        boxes: Tensor | None = None,
+        points: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return the tokens [n, p, c] of prompts.
+
+        Args:
+            boxes: [n, 1, 4], px of the input; None where there are points alone.
+            points: [n, p, 2], px of the input; None where there is a box alone.
+            labels: of the points [n, p], 1 in the object and 0 beside it.
+        """
+        pairs = None if points is None or labels is None else (points, labels)
+        with torch.autocast(self.dense_prompt.device.type, enabled=False):  # which would blur positions
+            tokens: Tensor = self.prompt_encoder(points=pairs, boxes=boxes, masks=None)[0]
+        return tokens
+
+    def _decode(self, embeddings: Tensor, size: tuple[int, int], prompts: Tensor | None) -> Any:
+        position, dense = self.position_encoding, self.dense_prompt
+        return self.mask_decoder.outputs(embeddings, position, dense, size, prompts)
 
     def logits(self, outputs: Any) -> Tensor:
         """Return the logits [n, num_classes, s, s], in float32, that outputs amount to."""
@@ -103,6 +148,11 @@ class Segmenter(nn.Module):
                 f"the checkpoint's trained tensors do not fit: {problems}; it was made with another "
                 "backbone, method, rank or number of classes: use the settings it was trained with"
             )
+
+
+def unite(logits: Tensor) -> Tensor:
+    """Return the logits [1, s, s] of all objects together, whose own are [k, 1, s, s]; of none nothing."""
+    return logits.amax(dim=0) if len(logits) else logits.new_full(logits.shape[1:], NOTHING)
 
 
 def restore_size(logits: Tensor, content: tuple[int, int], size: tuple[int, int]) -> Tensor:

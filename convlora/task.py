@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from convlora.cleaning import Cleaning
 from convlora.data.module import Batch
+from convlora.inference import Found, Predictor, to_found
 from convlora.metrics.scores import Scores
 from convlora.peft.method import aux_loss, learning_rates
-from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction
+from convlora.prompts import Prompts, box_to_input, component_boxes, draw_boxes
+from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction, unite
 
 
 class SegmentationTask(LightningModule):
@@ -30,9 +33,11 @@ class SegmentationTask(LightningModule):
         metadata: what an adapter file says of itself, kept in every Lightning checkpoint.
         facts: what a resumed run must agree in with the run that it goes on with, by what it is called.
         seed: of the random numbers drawn in training steps.
+        prompts: mixed into the training.
 
     Attributes:
         arrays: what the scores of the last epoch gave besides numbers, by name.
+        cleaning: of the masks that are scored.
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -46,6 +51,7 @@ class SegmentationTask(LightningModule):
         metadata: Mapping[str, str],
         facts: Mapping[str, str],
         seed: int = 0,
+        prompts: Prompts = Prompts(),  # noqa: B008
     ):
         super().__init__()
         self.segmenter = segmenter
@@ -54,11 +60,13 @@ class SegmentationTask(LightningModule):
         self.metadata = metadata
         self.facts = facts
         self.seed = seed
+        self.prompts = prompts
         self.scores = nn.ModuleDict({"val": scores.for_validation(), "test": scores.clone()})
         # by default a mean would leave out what is no number
         self.mean_loss = nn.ModuleDict(
             {stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")}
         )
+        self.cleaning = Cleaning()
         self.seconds = 0.0
         self._started = time.monotonic()
         self._watched: list[tuple[Tensor, str, str]] = []
@@ -83,9 +91,10 @@ class SegmentationTask(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the segmentation loss plus the adapters' auxiliary loss."""
-        loss: Tensor = self.loss(
-            self.segmenter.outputs(batch.images), torch.stack(list(batch.masks))[:, None]
-        )
+        masks, boxes = torch.stack(list(batch.masks))[:, None], None
+        if self.prompts.box and torch.rand(()) < self.prompts.box:
+            boxes, masks = draw_boxes(masks)
+        loss: Tensor = self.loss(self.segmenter.outputs(batch.images, boxes), masks)
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images))
         self.log("train/lr", lr, batch_size=len(batch.images))
@@ -179,10 +188,18 @@ class SegmentationTask(LightningModule):
         """Go on with the clock of the run that is resumed."""
         self.seconds = checkpoint["seconds"]
 
+    def look(self, batch: Batch) -> Any:
+        """Return the outputs of the segmenter for a batch that is scored."""
+        return self.segmenter.outputs(batch.images)
+
+    def found(self, image: NDArray[np.uint8], mask: NDArray[np.uint8], predictor: Predictor) -> Found:
+        """Return what is found in an image [h, w, 3] with a known mask, in the way in which it is scored."""
+        return predictor.segment([predictor.prepare(image)], [(image.shape[0], image.shape[1])])[0]
+
     def _score(self, stage: str, batch: Batch) -> dict[str, dict[str, float]]:
         scores, mean_loss = self._metrics(stage)
         rows = {}
-        outputs = self.segmenter.outputs(batch.images)
+        outputs = self.look(batch)
         logits = self.segmenter.logits(outputs)
         at_native_size = isinstance(outputs, Tensor)  # the logits, which can be brought to any size
         if not at_native_size:
@@ -193,8 +210,8 @@ class SegmentationTask(LightningModule):
             native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
             if at_native_size:
                 mean_loss.update(self.loss(native[None], mask[None, None]))
-            found = to_prediction(native)
-            values = scores(found.classes.cpu(), found.prob.cpu(), mask.cpu())
+            found = self.cleaning(*(part.cpu().numpy() for part in to_prediction(native)))
+            values = scores(*map(torch.from_numpy, found), mask.cpu())
             rows[name] = {key: values[key].item() for key in scores.names}
         return rows
 
@@ -222,6 +239,31 @@ class SegmentationTask(LightningModule):
         mean_loss = self.mean_loss[stage]
         assert isinstance(mean_loss, MeanMetric)
         return self.scores_of(stage), mean_loss
+
+
+class BoxPrompted(SegmentationTask):
+    """Scores with a prompt: the boxes of the parts of the true mask, whose masks are united."""
+
+    def look(self, batch: Batch) -> Tensor:
+        """Return the greatest of the logits of all objects [n, 1, s, s]."""
+        prompts = [
+            self._boxes(mask.cpu().numpy(), content)
+            for mask, content in zip(batch.masks, batch.contents, strict=True)
+        ]
+        objects = self.segmenter.prompted(batch.images, prompts)
+        return torch.stack([unite(logits) for logits in objects])
+
+    def found(self, image: NDArray[np.uint8], mask: NDArray[np.uint8], predictor: Predictor) -> Found:
+        """Return what is found with the boxes of the mask."""
+        size = image.shape[0], image.shape[1]
+        prompts = self._boxes(mask, predictor.resize.content(*size))
+        [logits] = predictor.objects(predictor.prepare(image), size, prompts)
+        return to_found(logits, self.cleaning)
+
+    def _boxes(self, mask: NDArray[np.uint8], content: tuple[int, int]) -> list[Tensor]:
+        boxes = torch.from_numpy(component_boxes(mask))
+        placed = box_to_input(boxes, (mask.shape[0], mask.shape[1]), content)
+        return [self.segmenter.embed(box[None, None]) for box in placed.to(self.device)]
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def choose_tiling(tile: int | None, overlap: float, median_side: int | None, che
     Raises:
         ValueError: neither side is known, or a number is impossible.
     """
-    side = tile or median_side
+    side = median_side if tile is None else tile
     if side is None:
         raise ValueError(
             f"{checkpoint} does not say how large its training images were; set tile=PIXELS, the side of a "
@@ -75,7 +75,7 @@ def check_tile(tile: int, sizes: Iterable[tuple[Path, tuple[int, int]]]) -> None
             return
         seen.append(f"{path} has {width} x {height}")
     raise ValueError(
-        f"tile={tile} is larger than the images ({seen[0]} pixels); set a smaller tile, or leave tiles out"
+        f"tile={tile} is larger than the images ({seen[0]} pixels); set a smaller tile, or leave it out"
     )
 
 

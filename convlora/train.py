@@ -58,6 +58,7 @@ class TrainConfig:
     resize: Config
     test_sets: list[str]
     seed: int
+    prompts: Config
     match: int | None
     data_root: str
     run_dir: str
@@ -197,7 +198,7 @@ def fit_and_test(
         **({} if config.init is None else {"init_sha256": settings["init_sha256"]}),
     }
     task = SegmentationTask(
-        segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed
+        segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed, parts.prompts
     )
     last = folder / run.LAST
     if config.resume and last.is_file():  # a run that saved nothing yet begins anew

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from PIL.PngImagePlugin import PngInfo
 from convlora import draw
 from convlora.data.bands import load_rasterio
 from convlora.data.images import list_images
+from convlora.prompts import Prompt
 
 MADE_BY = "CONVLORA"  # names the mark in the files
 TIFF = (".tif", ".tiff")
 GEOJSON = ".geojson"
+KINDS = ("probabilities", "overlays", "routing", "polygons")  # of files beside the mask
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ class Item:
         name: of its files, without ending, relative to their folders.
         is_scene: whether it is read and written by windows, as GeoTIFF.
         kinds: folders in the output's, as `probabilities`; the mask itself is "".
+        made_by: marks its files, and tells those of this image, adapter and settings from others.
+        prompt: tells the object that is meant; None where all of the foreground is.
     """
 
     path: Path
     name: str
     is_scene: bool
     kinds: Sequence[str]
+    made_by: str
+    prompt: Prompt | None = None
 
     def files(self, output: Path) -> dict[str, Path]:
         """Return the files that are made of the image, by their kind."""
@@ -52,7 +58,6 @@ class Job:
 
     Attributes:
         output: folder of what is written.
-        made_by: marks the files, and tells those of this adapter and these settings from others.
         overwrite: whether what is there is made anew.
         batch_size: images or windows at a time.
         num_workers: processes that read.
@@ -60,7 +65,6 @@ class Job:
     """
 
     output: Path
-    made_by: str
     overwrite: bool
     batch_size: int
     num_workers: int
@@ -84,7 +88,8 @@ def find_images(source: Path, output: Path) -> dict[Path, str]:
         paths, folder = [source], source.parent
     elif source.is_dir():
         found, folder = list_images(source, recursive=True), source
-        paths = [path for path in found if output.resolve() not in path.resolve().parents]
+        seen = (path for path in found if output.resolve() not in path.resolve().parents)
+        paths = [path for path in seen if maker(path) is None]  # nor what was written there before
     else:
         raise FileNotFoundError(f"input={source}: no such file or folder")
     if {"images", "masks"} <= {path.relative_to(folder).parts[0] for path in paths}:
@@ -101,9 +106,30 @@ def find_images(source: Path, output: Path) -> dict[Path, str]:
     }
 
 
+def check_targets(items: Sequence[Item], output: Path) -> None:
+    """Refuse images of which two would be written to one file, or one over an image; raises ValueError."""
+    images = {item.path.resolve() for item in items}
+    taken: dict[Path, Path] = {}
+    for item in items:
+        for file in item.files(output).values():
+            other = taken.setdefault(file, item.path)
+            if other != item.path and item.prompt is None:
+                raise ValueError(
+                    f"{other} and {item.path} would both be written to {file}; rename one of the two"
+                )
+            if file.resolve() in images:
+                raise ValueError(
+                    f"{file} is an image of the input, which no mask may replace; choose another output"
+                )
+
+
 def _listed(listing: Path) -> list[Path]:
-    lines = [line.strip() for line in listing.read_text().splitlines()]
-    paths = list(dict.fromkeys(listing.parent / line for line in lines if line))
+    try:
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"input={listing} is no text in UTF-8 ({error}); save it as such") from error
+    # resolved, since lines of several kinds may name one image, or lead out of the folder
+    paths = list(dict.fromkeys((listing.parent / line).resolve() for line in lines if line))
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(
@@ -113,24 +139,34 @@ def _listed(listing: Path) -> list[Path]:
     return paths
 
 
-def left_to_do(items: Iterable[Item], output: Path, made_by: str, overwrite: bool) -> list[Item]:
+def left_to_do(items: Sequence[Item], output: Path, overwrite: bool) -> list[Item]:
     """Return the images whose files are not all there.
 
     Raises:
-        FileExistsError: files are there that another adapter or other settings made, or something else.
+        FileExistsError: files are there that another adapter or other settings made, of another image, or
+            something else.
     """
-    items = list(items)
     if overwrite:
-        return items
+        return list(items)
     marks = [(item, [maker(file) for file in item.files(output).values() if file.exists()]) for item in items]
-    strange = [item for item, found in marks if set(found) - {made_by}]
+    strange = [item for item, found in marks if set(found) - {item.made_by}]
     if strange:
         file = next(file for file in strange[0].files(output).values() if file.exists())
         raise FileExistsError(
             f"output={output} holds files of {len(strange)} of these images that another adapter or other "
-            f"settings made (as {file}); choose another output, or set overwrite=true to replace them"
+            f"settings made, or of other images of these names (as {file}); choose another output, or set "
+            "overwrite=true to replace them"
         )
     return [item for item, found in marks if len(found) < len(item.kinds)]
+
+
+def remove_stale(items: Sequence[Item], output: Path) -> None:
+    """Delete what others made of images and is not about to be written, as overlays of other masks."""
+    for item in items:
+        files = replace(item, kinds=KINDS).files(output)
+        for kind, file in files.items():
+            if kind not in item.kinds and file.exists() and maker(file) != item.made_by:
+                file.unlink()
 
 
 def maker(file: Path) -> str | None:
@@ -145,7 +181,7 @@ def maker(file: Path) -> str | None:
                 return found
         with Image.open(file) as picture:
             return picture.info.get(MADE_BY)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, Image.DecompressionBombError):
         return None
 
 
@@ -168,7 +204,7 @@ def whole(file: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written.
     """
-    new = file.with_name(f"{file.name}.new")
+    new = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield new

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convlora import predict
+from convlora.adapter import load
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,7 @@ def test_masks_inside_the_input_are_not_taken_for_images(cli: Commands, checkpoi
     photo(Path("in/images/a.png"))
     for told in ("1 of 1 masks written", "1 of 1 are there already"):
         assert told in cli(predict, checkpoint, "input=in", "output=in/masks", "num_workers=0").out
+    photo(Path("in/masks/truth.png"))
     refused = cli(predict, checkpoint, "input=in", "output=out", "num_workers=0")
     assert refused.err == "error: input=in holds masks beside images; set input=in/images"
     assert cli(predict, checkpoint, "input=in/images", "output=out", "num_workers=0").code == 0
@@ -187,7 +189,8 @@ def test_a_list_names_the_images(cli: Commands, checkpoint: str) -> None:
     assert sorted(str(path) for path in Path("out").rglob("*.png")) == ["out/x/a.png", "out/y/b.png"]
     Path("data/list.txt").write_text("x/a.png\ny/d.png\n")
     refused = cli(predict, checkpoint, "input=data/list.txt", "output=out", "num_workers=0")
-    assert "lists 1 files that are not there (first data/y/d.png)" in refused.err
+    assert "lists 1 files that are not there (first " in refused.err
+    assert "data/y/d.png" in refused.err
 
 
 def test_a_list_beside_its_images_does_not_let_masks_replace_them(cli: Commands, checkpoint: str) -> None:
@@ -217,7 +220,7 @@ def test_devices_share_the_images_out(cli: Commands, checkpoint: str) -> None:
     [
         ("devices=0", "devices=0 must be at least 1"),
         ("tile=48", "tile=48 has no effect, since no image is cut; add tiles=true"),
-        ("polygons=true", "polygons=true is for GeoTIFF, but in/a.png is none; leave it out"),
+        ("polygons=true", "polygons=true is for GeoTIFF, but in/a.png is none; leave that out"),
     ],
 )
 def test_settings_without_effect_are_refused(
@@ -255,3 +258,114 @@ def test_a_failure_while_writing_ends_the_call_and_leaves_no_half_file(
     assert "error: could not write out/b.png" in done.err
     assert read("out/a.png").shape == (30, 50)
     assert not list(Path("out").glob("*.new"))
+
+
+def test_another_image_of_the_same_name_is_not_taken_for_done(cli: Commands, checkpoint: str) -> None:
+    photo(Path("one/a.png"))
+    photo(Path("two/a.png"), 40, 40)
+    assert cli(predict, checkpoint, "input=one", "output=out", "num_workers=0").code == 0
+    refused = cli(predict, checkpoint, "input=two", "output=out", "num_workers=0")
+    assert "or of other images of these names (as out/a.png)" in refused.err
+    photo(Path("one/a.png"), 31, 50)  # replaced in its place
+    assert cli(predict, checkpoint, "input=one", "output=out", "num_workers=0").code == 1
+
+
+@pytest.mark.parametrize("setting", ["precision=bf16-mixed", "overlap=0.5"])
+def test_settings_that_change_masks_are_part_of_their_mark(
+    cli: Commands, checkpoint: str, setting: str
+) -> None:
+    photo(Path("in/a.png"), 64, 90)
+    arguments = (checkpoint, "input=in", "output=out", "num_workers=0", "tiles=true", "tile=48")
+    assert cli(predict, *arguments).code == 0
+    assert "another adapter or other settings" in cli(predict, *arguments, setting).err
+
+
+def test_two_images_are_never_written_to_one_file(cli: Commands, checkpoint: str) -> None:
+    for name in ("a.jpg", "a.png", "a.jpg.bmp"):
+        photo(Path("in") / name)
+    done = cli(predict, checkpoint, "input=in", "output=out", "num_workers=0")
+    assert "would both be written to out/a.jpg.png; rename one of the two" in done.err
+
+
+def test_lists_may_mix_kinds_of_paths_but_never_lead_masks_over_images(
+    cli: Commands, checkpoint: str, tmp_path: Path
+) -> None:
+    photo(Path("images/b.png"))
+    photo(Path("lists/a.png"))
+    here = Path.cwd()
+    Path("lists/l.txt").write_text(f"\ufeffa.png\n../images/b.png\n{here}/lists/../lists/a.png\n", "utf-8")
+    done = cli(predict, checkpoint, "input=lists/l.txt", "output=masks", "num_workers=0")
+    assert done.code == 0, done.err
+    assert sorted(map(str, Path("masks").rglob("*.png"))) == ["masks/images/b.png", "masks/lists/a.png"]
+    before = bytes_in("images")
+    refused = cli(
+        predict, checkpoint, "input=lists/l.txt", f"output={here}", "overwrite=true", "num_workers=0"
+    )
+    assert refused.code == 1
+    assert bytes_in("images") == before
+    Path("lists/l.txt").write_bytes("\xe9.png".encode("latin-1"))
+    assert "is no text in UTF-8" in cli(predict, checkpoint, "input=lists/l.txt", "output=m").err
+
+
+def test_masks_written_inside_the_input_are_never_images(cli: Commands, checkpoint: str) -> None:
+    photo(Path("in/a.png"))
+    assert cli(predict, checkpoint, "input=in", "output=in/out", "num_workers=0").code == 0
+    done = cli(predict, checkpoint, "input=in", "output=elsewhere", "num_workers=0")
+    assert "1 of 1 masks written" in done.out
+
+
+def test_pictures_of_older_masks_do_not_stay_beside_newer_ones(
+    cli: Commands, checkpoint: str, tmp_path: Path
+) -> None:
+    photo(Path("in/a.png"))
+    arguments = ("input=in", "output=out", "num_workers=0")
+    assert cli(predict, checkpoint, *arguments, "overlays=true").code == 0
+    other = train_in(tmp_path, *SMALL, "logger=csv", "trainer.max_epochs=1", "seed=1")
+    assert cli(predict, f"checkpoint={other}", *arguments, "overwrite=true").code == 0
+    assert not Path("out/overlays/a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("batch_size=0", "batch_size=0 must be at least 1"),
+        ("num_workers=-1", "num_workers=-1 must be at least 0"),
+        ("tile=0", "tile=0 must be at least 16"),
+    ],
+)
+def test_numbers_are_looked_at_first(cli: Commands, checkpoint: str, argument: str, message: str) -> None:
+    photo(Path("in/a.png"))
+    done = cli(predict, checkpoint, "input=in", "output=out", "tiles=true", argument)
+    assert (done.code, message in done.err) == (1, True), done.err
+
+
+def test_a_predictor_that_cuts_leaves_the_other_as_it_was(checkpoint: str) -> None:
+    predictor = load(checkpoint.partition("=")[2])
+    assert not predictor.segmenter.training
+    predictor.tiled(48).predict(np.zeros((80, 90, 3), np.uint8))
+    assert not any(module.training for module in predictor.segmenter.modules())
+
+
+def test_an_image_of_pillow_is_read_as_its_file_is(checkpoint: str, tmp_path: Path) -> None:
+    predictor = load(checkpoint.partition("=")[2])
+    deep = np.arange(0, 64000, 32, dtype=np.uint16).reshape(40, 50)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    turned = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    for name in ("deep.png", "turned.jpg"):
+        path = tmp_path / name
+        assert np.array_equal(predictor.read(Image.open(path)), predictor.read(path))
+    with pytest.raises(ValueError, match="pixels of Pillow's mode F"):
+        predictor.read(Image.fromarray(np.zeros((5, 5), np.float32)))
+
+
+def test_tiles_take_images_that_pillow_takes_for_bombs(
+    cli: Commands, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    photo(Path("in/a.png"), 64, 90)
+    arguments = (checkpoint, "input=in", "output=out", "num_workers=0")
+    assert "set tiles=true, which cuts images into windows" in cli(predict, *arguments).err
+    assert cli(predict, *arguments, "tiles=true", "tile=48").code == 0

@@ -41,19 +41,32 @@ def read_image(path: Path, bands: Bands | None = None) -> NDArray[np.uint8]:
     image, count = _decode(path, lambda image: (ImageOps.exif_transpose(image), _unlabelled(image)))
     if count:
         raise ValueError(_several_bands(path, count, "8- or 16-bit"))
+    return to_rgb(image, path)
+
+
+def to_rgb(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
+    """Return a plain image, upright, as RGB [h, w, 3]; what `read_image` does with one.
+
+    Args:
+        image: of Pillow's.
+        name: for messages.
+
+    Raises:
+        ValueError: its pixels have no 8-bit or 16-bit range.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"{path}: pixels from {values.min()} to {values.max()}, but an image has 8 or 16 bits a "
-                f"channel; scale it to 0..255 and save it again, or {_way_out(1)}"
+                f"{name}: pixels from {values.min()} to {values.max()}, but an image has 8 or 16 bits a "
+                f"channel; scale it to 0..255 and save it again, or {way_out(1)}"
             )
         high_byte = (values >> 8).astype(np.uint8)  # what Pillow itself does to 16-bit RGB
         return np.repeat(high_byte[..., None], 3, axis=2)
     if image.mode not in _COLOUR_MODES:
         raise ValueError(
-            f"{path}: pixels of Pillow's mode {image.mode}, but an image has 8 or 16 bits a channel; "
-            f"scale it to 0..255 and save it as RGB, or {_way_out(1)}"
+            f"{name}: pixels of Pillow's mode {image.mode}, but an image has 8 or 16 bits a channel; "
+            f"scale it to 0..255 and save it as RGB, or {way_out(1)}"
         )
     return np.array(image.convert("RGB"))
 
@@ -74,6 +87,11 @@ def image_size(path: Path, bands: Bands | None = None) -> tuple[int, int]:
     return _decode(path, lambda image: image.size)
 
 
+def allow_large_images() -> None:
+    """Let images be decoded that are larger than Pillow takes to be honest, from now on in this process."""
+    Image.MAX_IMAGE_PIXELS = None
+
+
 def open_image(path: Path) -> Image.Image:
     """Decode an image file and turn it upright.
 
@@ -91,7 +109,7 @@ def _decode(path: Path, take: Callable[[Image.Image], T]) -> T:
     except FileNotFoundError:
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}; cut the image into tiles") from error
+        raise ValueError(f"{path}: {error}; set tiles=true, which cuts images into windows") from error
     except _DECODER_ERRORS as error:
         found = describe(path) if isinstance(error, UnidentifiedImageError) else None
         if found is not None:
@@ -112,11 +130,11 @@ def _unlabelled(image: Image.Image) -> int:
 def _several_bands(path: Path, count: int, dtype: str) -> str:
     return (
         f"{path} has {count} band{'s' * (count > 1)} of {dtype} values, but a plain image is grey or RGB of "
-        f"8 or 16 bits; {_way_out(count)}"
+        f"8 or 16 bits; {way_out(count)}"
     )
 
 
-def _way_out(count: int) -> str:
+def way_out(count: int) -> str:
     """Return how a file of so many bands, or of values of another type, can be read."""
     channels = "4,3,2" if count > 3 else "1,2,3" if count == 3 else "1,1,1"
     return f"train with loading.channels=[{channels}], which chooses bands as red, green and blue, from 1 on"

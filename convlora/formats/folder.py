@@ -1,6 +1,7 @@
 """The folder that an export makes: there as a whole or not at all."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,8 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise ValueError(f"output={output} is to be a folder; write output={output.with_suffix('')}")
     if output.is_symlink() or output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"output={output} is there already; choose another output or remove it")
-    new = output.with_name(f"{output.name}.new")
+    new = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
         new.mkdir(parents=True)
     except OSError as error:
         raise OSError(f"output={output} cannot be made ({error.strerror}); choose another output") from error

@@ -18,6 +18,7 @@ CONFIG, CARD = "config.json", "README.md"
 REPO = "USER/REPO"  # in what a user is to fill in
 TASK = "image-segmentation"
 PROTOCOL = "at each image's own size, on 8-bit probabilities"
+PLACES = ("data_root", "run_dir", "resume", "dataset.root", "dataset.source", "loading.cache")
 BASES = {  # of the models in conf/model/ that the hub has
     "sam_vit_b": "facebook/sam-vit-base",
     "sam_vit_l": "facebook/sam-vit-large",
@@ -44,7 +45,7 @@ class Scored:
 def write(adapter: Adapter, folder: Path, source: Path | None, license_name: str) -> str:
     """Write the folder and return what it says of the scores.
 
-    A path to base weights is left out, since it names a place on this machine: whoever loads the adapter
+    Paths are left out, since they name places on this machine: whoever loads the adapter
     takes the official weights, or names others, whose SHA-256 must be that of the training.
 
     Args:
@@ -55,7 +56,7 @@ def write(adapter: Adapter, folder: Path, source: Path | None, license_name: str
     """
     config = json.loads(adapter.metadata["config"])
     local = config["model"].get("weights")
-    config["model"]["weights"] = None
+    forget_places(config)
     metadata = {**adapter.metadata, "config": json.dumps(config)}
     file.save(folder / file.NAME, adapter.segmenter.trainable_state(), metadata)
     readable = {key: _read(value) for key, value in metadata.items()}
@@ -69,6 +70,14 @@ def write(adapter: Adapter, folder: Path, source: Path | None, license_name: str
     if not scored:
         return "no scores, since the run has no summary.json"
     return f"scores on {', '.join(each.dataset for each in scored)}"
+
+
+def forget_places(config: dict[str, Any]) -> None:
+    """Take out of the settings of a training what names a place on its machine."""
+    config["model"]["weights"] = None
+    for key in PLACES:
+        section, _, name = key.rpartition(".")
+        config.get(section, {}).pop(name, None) if section else config.pop(name, None)
 
 
 def _read(value: str) -> Any:
@@ -127,7 +136,7 @@ def card_data(adapter: Adapter, scored: list[Scored], license_name: str) -> Mode
         license=license_name,
         library_name="convlora",
         pipeline_tag=TASK,
-        datasets=[each.dataset for each in scored] or None,
+        datasets=[each.dataset for each in scored if each.dataset != "folder"] or None,
         metrics=metrics or None,
         tags=["segment-anything", "sam", base, method.lower(), TASK],
         model_name=title(adapter) if results else None,

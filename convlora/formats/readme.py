@@ -119,9 +119,10 @@ def opening(adapter: Adapter) -> tuple[str, str]:
     low, high = ([pair[end] for pair in bands.ranges] for end in (0, 1))
     return (
         "import rasterio\nfrom PIL import Image",
-        f"""values = rasterio.open("scene.tif").read({list(bands.channels)}).astype(float).transpose(1, 2, 0)
+        f"""values = rasterio.open("scene.tif").read({list(bands.channels)}, masked=True).astype(float)
+values = values.filled(np.nan).transpose(1, 2, 0)  # no data is black
 pixels = np.clip((values - {low}) / np.subtract({high}, {low}) * 255, 0, 255)
-image = Image.fromarray(np.rint(pixels).astype(np.uint8))""",
+image = Image.fromarray(np.rint(np.nan_to_num(pixels)).astype(np.uint8))""",
     )
 
 

@@ -22,6 +22,7 @@ from convlora.schema import make
 WAY_OUT = "use format=onnx or torch, which hold all of it, or format=adapter"
 IOU_HEAD = "mask_decoder.iou_prediction_head."
 TOKENS = "mask_decoder.mask_tokens.weight"
+MOBILE = "`mobile_sam` comes from https://github.com/ChaoningZhang/MobileSAM.\n\n"
 EPS = 1e-5  # of segment-anything's decoder
 
 
@@ -105,6 +106,7 @@ def readme(adapter: Adapter, backbone: Backbone, name: str, four: str) -> str:
     """Return the README of a checkpoint, with a snippet that segments an image."""
     package = "mobile_sam" if isinstance(backbone, MobileSam) else "segment_anything"
     size = backbone.image_size
+    origin = "" if package == "segment_anything" else MOBILE
     [label] = adapter.class_colors
     if isinstance(adapter.resize, LongestSideResize):
         shape = "`SamPredictor` brings images to this size as the training did, the longest side first."
@@ -119,7 +121,7 @@ def readme(adapter: Adapter, backbone: Backbone, name: str, four: str) -> str:
 merged into the weights, by `{package}`'s own keys. It finds {label} without prompts, at {size} x {size}
 pixels. {shape}
 
-It is for a decoder of one mask, which the code below builds, and gives the trained masks exactly.
+{origin}It is for a decoder of one mask, which the code below builds, and gives the trained masks exactly.
 `{four}` is for a decoder of four, as `sam_model_registry` builds it (for 1024 pixels): there three more
 mask tokens, the base's and untrained, take part in the attention, so that the mask differs somewhat; it is
 the first, that of `multimask_output=False`. The IoU head of both is that of the base and was not trained:
