@@ -52,7 +52,7 @@ class Cleaning:
     @property
     def level(self) -> int:
         """The least 8-bit probability of foreground."""
-        return math.ceil(round(255 * self.threshold, 6))
+        return math.ceil(255 * self.threshold)
 
     def __call__(self, classes: Pixels, prob: Pixels) -> tuple[Pixels, Pixels]:
         """Return the prediction of an image, ids and 8-bit probabilities [h, w], as it is to be."""

@@ -136,7 +136,7 @@ def evaluate(config: EvaluateConfig) -> None:
         "dataset": data.name,
         "precision": str(trainer.precision),
         "tile": None if tiling is None else tiling.side,
-        **asdict(task.cleaning),
+        "cleaning": asdict(task.cleaning),
         "overlap": None if tiling is None else tiling.overlap,
         **counts[data.name],
         **results[data.name],
@@ -205,8 +205,8 @@ def tune(config: EvaluateConfig, task: SegmentationTask, data: SegmentationDataM
     """
     if config.checkpoint is None or config.protocol != "automatic" or data.num_classes > 1:
         raise ValueError(
-            "threshold=tune is for an adapter of a foreground alone, without prompts, and keeps the threshold "
-            "in its file; set a number, as threshold=0.5"
+            "threshold=tune is for an adapter of a foreground alone, without prompts, and keeps it in "
+            "the file; set a number, as threshold=0.5"
         )
     primary = task.scores_of("test").primary
     score = "iou" if "iou" in primary or "jaccard" in primary else "dice"

@@ -147,7 +147,7 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
     if scene is not None and (config.smallest or config.fill_holes):
         name = "smallest" if config.smallest else "fill_holes"
         raise ValueError(
-            f"{name}={getattr(config, name)} needs the whole mask, but {scene} is written by rows of windows; "
+            f"{name}={getattr(config, name)} needs the whole mask, but {scene} is written by windows; "
             "leave it out, or set tiles=false"
         )
     for name, least in (("batch_size", 1), ("num_workers", 0)):
