@@ -123,6 +123,18 @@ def save(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     new.replace(path)
 
 
+def keep_threshold(checkpoint: str | Path, threshold: float, found_by: str) -> None:
+    """Write a threshold into an adapter's file, which `threshold=tuned` then takes; all else in it stays.
+
+    Args:
+        checkpoint: as of `load`.
+        threshold: the least probability of foreground.
+        found_by: what it was chosen by, in words.
+    """
+    file = open_file(checkpoint, None, None)
+    save(file.path, file.state, {**file.metadata, "threshold": str(threshold), "threshold_by": found_by})
+
+
 class LoadedPredictor(Predictor):
     """A predictor on a backbone that others may share.
 
@@ -135,7 +147,7 @@ class LoadedPredictor(Predictor):
         metadata: of the adapter file.
     """
 
-    def __init__(self, file: "_File", base: SharedSam, fabric: Fabric):
+    def __init__(self, file: "File", base: SharedSam, fabric: Fabric):
         check_agreement(f"adapter {file.path}", file.metadata, base.identity, WAY_OUT)
         with torch.device(base.device):
             segmenter = Segmenter(base.take(), file.method, file.head, len(file.class_colors))
@@ -159,7 +171,7 @@ class LoadedPredictor(Predictor):
             FileNotFoundError: no such file.
             ValueError: what `read` refuses, or the adapter is of another base, image size or type of weights.
         """
-        file = _open(checkpoint, None, precision)
+        file = open_file(checkpoint, None, precision)
         way_out = f"open it beside this one by load({str(checkpoint)!r})"
         check_agreement(f"adapter {file.path}", file.metadata, self.base.identity, way_out)
         wanted, held = architecture(file.backbone), self.base.backbone
@@ -195,7 +207,7 @@ def load(
         FileNotFoundError: no such file.
         ValueError: what `read` refuses, or there is no such device or precision.
     """
-    file = _open(checkpoint, weights, precision)
+    file = open_file(checkpoint, weights, precision)
     fabric = _fabric(device, file.precision)
     say_precision(file.precision, str(fabric._precision.precision), fabric.device)
     sha256 = file.metadata.get("base_sha256", "")
@@ -270,7 +282,7 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
         ValueError: no adapter, damaged, asking for code outside the library or for an unknown download,
             or of other base weights.
     """
-    file = _open(checkpoint, weights, precision)
+    file = open_file(checkpoint, weights, precision)
     segmenter, identity = make_segmenter(file.backbone, file.method, file.head, len(file.class_colors))
     check_agreement(f"adapter {file.path}", file.metadata, identity, WAY_OUT)
     segmenter.load_trainable_state(file.state)
@@ -280,7 +292,7 @@ def read(checkpoint: str | Path, weights: str | None = None, precision: str | No
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
     """What an adapter file holds, checked, before anything of it is built."""
 
     path: Path
@@ -295,8 +307,8 @@ class _File:
     bands: Bands | None
 
 
-def _open(checkpoint: str | Path, weights: str | None, precision: str | None) -> _File:
-    """Read an adapter file; raises what `read` does."""
+def open_file(checkpoint: str | Path, weights: str | None, precision: str | None) -> File:
+    """Read an adapter file, and build nothing of it; arguments and errors as of `read`."""
     path = find(checkpoint)
     if path.suffix == ".ckpt":
         made = f"`python -m convlora.export {in_shell('checkpoint', path.parent)}` makes one of it"
@@ -326,7 +338,7 @@ def _open(checkpoint: str | Path, weights: str | None, precision: str | None) ->
     names, colors = json.loads(metadata["class_names"]), json.loads(metadata["class_colors"])
     classes = dict(zip(names, colors, strict=True))
     method, head, resize = parts["peft"], parts["head"], parts["resize"]
-    return _File(path, metadata, state, backbone, method, head, resize, classes, precision, bands)
+    return File(path, metadata, state, backbone, method, head, resize, classes, precision, bands)
 
 
 @cache

@@ -20,7 +20,9 @@ COLUMNS, LABEL = 100, 16  # of a terminal, and of what stands before each line
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
-def announce(config: Any, parts: Parts, folder: Path, trainer: Trainer | None) -> None:
+def announce(
+    config: Any, parts: Parts, folder: Path, trainer: Trainer | None, origin: str | None = None
+) -> None:
     """Print what is about to be trained, as far as it is known.
 
     Args:
@@ -28,6 +30,7 @@ def announce(config: Any, parts: Parts, folder: Path, trainer: Trainer | None) -
         parts: what is made of it.
         folder: of the run.
         trainer: that trains; None for a dry run, which needs neither data nor weights nor devices.
+        origin: what it starts from, beside the pretrained weights.
     """
     if trainer is not None and not trainer.is_global_zero:
         return
@@ -42,6 +45,7 @@ def announce(config: Any, parts: Parts, folder: Path, trainer: Trainer | None) -
         "model": f"{backbone.name} at {backbone.image_size} px, {backbone.weights_source()}",
         "windows": backbone.padding_advice(),
         "parameters": f"{weights:,} trainable of {count(parts.outline):,}",
+        "starts from": origin,
         "method": spell(config.peft),
         "match": config.match
         and f"peft.{parts.method.width} is the greatest that trains no more than {config.match:,} parameters",

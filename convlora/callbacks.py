@@ -283,7 +283,8 @@ def _sample(
     context = trainer.precision_plugin.forward_context
     colors = draw.colors_of(data.class_names, data.class_colors)
     image, mask = data.read(data.listed(split)[index])
-    predictor = Predictor(pl_module.segmenter, data.loading.resize, colors, context)
+    cleaning = pl_module.cleaning
+    predictor = Predictor(pl_module.segmenter, data.loading.resize, colors, context, cleaning=cleaning)
     found = pl_module.found(image, mask, predictor)
     return draw.Row(title or data.names(split)[index], image, mask, found.classes, found.prob, score)
 

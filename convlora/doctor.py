@@ -16,7 +16,7 @@ from convlora.build import Parts, has_fast_bf16, make_parts, missing_devices
 from convlora.cli import command
 from convlora.data.module import Split
 from convlora.tracking import wandb_mode
-from convlora.train import TrainConfig, replay, settle
+from convlora.train import TrainConfig, find_origin, replay, settle
 
 PACKAGES = ("convlora", "torch", "torchvision", "lightning", "segment-anything", "hydra-core", "wandb")
 MODES = {
@@ -36,6 +36,7 @@ def doctor(config: TrainConfig) -> None:
     if config.resume is None:
         run.check_unused(Path(config.run_dir))
     parts = make_parts("train", config)
+    find_origin(config, parts)
     folder = next(each for each in Path(config.run_dir).absolute().parents if each.is_dir())
     told = os.environ.get("WANDB_MODE")
     print_lines(

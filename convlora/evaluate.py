@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -20,13 +21,15 @@ from convlora.build import (
     make_trainer,
 )
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
+from convlora.cleaning import choose_cleaning
 from convlora.cli import command, refuse_idle
 from convlora.data.images import allow_large_images, image_size
 from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import LongestSideResize, NativeSize, Resize
 from convlora.heads import SamsOwn
-from convlora.inference import TiledSegmenter
+from convlora.inference import Predictor, TiledSegmenter
 from convlora.losses import is_balanced, takes_outputs
+from convlora.metrics.thresholds import LEVELS, best_threshold, overlap_by_level
 from convlora.peft.selective import DecoderOnly
 from convlora.routing import Routing
 from convlora.sam.zoo import Backbone
@@ -58,6 +61,9 @@ class EvaluateConfig:
     resize: Config | None
     precision: str | None
     data_root: str
+    threshold: float | str
+    smallest: int
+    fill_holes: int | bool
     tiles: bool
     tile: int | None
     overlap: float
@@ -125,6 +131,9 @@ def evaluate(config: EvaluateConfig) -> None:
         trained.metadata,
         {},
     )
+    tuned = tune(config, task, data, trainer.is_global_zero) if config.threshold == "tune" else None
+    given = (config.threshold if tuned is None else tuned, config.smallest, config.fill_holes)
+    task.cleaning = choose_cleaning(*given, trained.metadata, list(trained.class_colors), name)
     if trainer.is_global_zero:
         run.make_folder("output", output)
     with run.own_processes(trainer):
@@ -139,6 +148,7 @@ def evaluate(config: EvaluateConfig) -> None:
         "dataset": data.name,
         "precision": str(trainer.precision),
         "tile": None if tiling is None else tiling.side,
+        "cleaning": asdict(task.cleaning),
         "overlap": None if tiling is None else tiling.overlap,
         **counts[data.name],
         **results[data.name],
@@ -150,6 +160,10 @@ def evaluate(config: EvaluateConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if tiling is not None:
         console.print(f"by windows of {tiling.side} px")
+    if not task.cleaning.is_idle:
+        console.print(
+            f"masks of {', '.join(f'{key}={value}' for key, value in asdict(task.cleaning).items())}"
+        )
     console.print(render_scores(results))
     console.print(f"scores.json, images.csv and pictures in {output}")
 
@@ -183,6 +197,45 @@ def untrained(config: EvaluateConfig) -> Adapter:
     colors = {"foreground": [255, 255, 255]}
     metadata = adapter.describe({}, colors, identity, precision)
     return Adapter(segmenter.eval(), resize, colors, precision, metadata, None)
+
+
+def tune(config: EvaluateConfig, task: SegmentationTask, data: SegmentationDataModule, keep: bool) -> float:
+    """Return the threshold at which the validation images have the greatest mean Dice, and keep it.
+
+    Where the primary score is an IoU or Jaccard index, that is made greatest instead. `smallest` and
+    `fill_holes` play no part in it.
+
+    Args:
+        config: of the command.
+        task: whose primary score it is.
+        data: that has validation images.
+        keep: whether to write it into the adapter's file.
+
+    Raises:
+        OSError: the file cannot be written, or images are missing.
+        ValueError: there are several classes, no adapter, or prompts.
+    """
+    if config.checkpoint is None or config.protocol != "automatic" or data.num_classes > 1:
+        raise ValueError(
+            "threshold=tune is for an adapter of a foreground alone, without prompts, and keeps it in "
+            "the file; set a number, as threshold=0.5"
+        )
+    primary = task.scores_of("test").primary
+    score = "iou" if "iou" in primary or "jaccard" in primary else "dice"
+    data.setup("validate")
+    predictor: Predictor = adapter.load(config.checkpoint, config.model["weights"], config.precision)
+    data.use_bands(predictor.bands, "val")
+    if config.tiles:
+        predictor = predictor.tiled(config.tile, config.overlap, config.loading["batch_size"])
+    total = np.zeros(len(LEVELS))
+    for pair in data.listed("val"):
+        image, mask = data.read(pair)
+        [found] = predictor.segment([predictor.prepare(image)], [image.shape[:2]])
+        total += overlap_by_level(found.prob, mask == 1)[score]
+    threshold = best_threshold(total)
+    if keep:
+        adapter.keep_threshold(config.checkpoint, threshold, f"{score} of {data.name}'s validation images")
+    return threshold
 
 
 def keep_for_reports(

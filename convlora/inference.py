@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from convlora.cleaning import Cleaning
 from convlora.data.bands import Bands
 from convlora.data.images import allow_large_images, read_image, to_rgb
 from convlora.data.samples import to_tensor
@@ -48,6 +49,7 @@ class Predictor:
         context: makes the context of the precision in which it computes.
         bands: how image files are read; None reads plain images.
         median_side: of the longer sides of the images trained on, px; None where it is not known.
+        cleaning: of the masks that are found.
 
     Attributes:
         prepare: makes the network's input [3, s, s] of RGB pixels [h, w, 3]; holds nothing of the model.
@@ -61,6 +63,7 @@ class Predictor:
         context: Callable[[], AbstractContextManager[object]],
         bands: Bands | None = None,
         median_side: int | None = None,
+        cleaning: Cleaning = Cleaning(),  # noqa: B008, frozen
     ):
         self.segmenter = segmenter
         self.resize = resize
@@ -68,6 +71,7 @@ class Predictor:
         self.context = context
         self.bands = bands
         self.median_side = median_side
+        self.cleaning = cleaning
         self.prepare: Callable[[Pixels], Tensor] = partial(as_input, eval_transform(resize))
 
     @overload
@@ -148,9 +152,8 @@ class Predictor:
         tiling = choose_tiling(tile, overlap, self.median_side, "the adapter")
         allow_large_images()
         segmenter = TiledSegmenter(self.segmenter, self.resize, tiling, batch_size)
-        return Predictor(
-            segmenter, NativeSize(), self.class_colors, self.context, self.bands, self.median_side
-        )
+        colors, bands, side = self.class_colors, self.bands, self.median_side
+        return Predictor(segmenter, NativeSize(), colors, self.context, bands, side, self.cleaning)
 
     def prompt(self, image: One, prompts: Sequence[Prompt]) -> list[Found]:
         """Segment the objects of one image that prompts tell, one by one.
@@ -176,7 +179,9 @@ class Predictor:
             each.check(*size, name)
         device = self.segmenter.dense_prompt.device
         tokens = [embed(self._whole, each, size, content, device) for each in prompts]
-        return [to_found(logits) for logits in self.objects(self.prepare(pixels), size, tokens)]
+        return [
+            to_found(logits, self.cleaning) for logits in self.objects(self.prepare(pixels), size, tokens)
+        ]
 
     def objects(self, pixels: Tensor, size: tuple[int, int], prompts: Sequence[Tensor]) -> Tensor:
         """Return the logits [k, 1, h, w] of the objects of one image at its own size.
@@ -210,7 +215,7 @@ class Predictor:
         Returns:
             What is found in each image, at its own size.
         """
-        return [to_found(logits) for logits in self.logits(inputs, sizes)]
+        return [to_found(logits, self.cleaning) for logits in self.logits(inputs, sizes)]
 
     def logits(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Return the logits [c, h, w] of each image of a batch at its own size; arguments as of `segment`."""
@@ -235,10 +240,10 @@ def as_input(transform: A.Compose, pixels: Pixels) -> Tensor:
     return to_tensor(transform(image=pixels)["image"])
 
 
-def to_found(logits: Tensor) -> Found:
-    """Return what logits [c, h, w] say."""
+def to_found(logits: Tensor, cleaning: Cleaning) -> Found:
+    """Return what logits [c, h, w] say, cleaned."""
     classes, prob = to_prediction(logits)
-    return Found(classes.cpu().numpy(), prob.cpu().numpy())
+    return Found(*cleaning(classes.cpu().numpy(), prob.cpu().numpy()))
 
 
 def embed(

@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from convlora import adapter, run
+from convlora.cleaning import Cleaning, choose_cleaning
 from convlora.cli import command, plain, refuse_idle
 from convlora.data.images import allow_large_images, image_size
 from convlora.geotiff import check_place, is_scene, scene_size
@@ -38,6 +39,9 @@ class PredictConfig:
     checkpoint: str
     input: str
     output: str
+    threshold: float | str
+    smallest: int
+    fill_holes: int | bool
     probabilities: bool
     overlays: bool
     routing: bool
@@ -68,7 +72,9 @@ def predict(config: PredictConfig) -> None:
     wanted = {"probabilities": config.probabilities, "overlays": config.overlays, "routing": config.routing}
     kinds = ["", *(kind for kind, is_wanted in wanted.items() if is_wanted)]
     kinds += ["polygons"] * config.polygons
-    settings = identify(path, config)
+    file = adapter.open_file(config.checkpoint, config.model["weights"], config.precision)
+    cleaning = cleaning_of(config, file.metadata, file.class_colors)
+    settings = identify(path, config, cleaning)
     items = [
         Item(image, name, is_scene(image, config.tiles), kinds, mark(settings, image))
         for image, name in find_images(Path(config.input), output).items()
@@ -138,6 +144,12 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
     if config.polygons:
         for item in items:
             check_place(item.path)
+    if scene is not None and (config.smallest or config.fill_holes):
+        name = "smallest" if config.smallest else "fill_holes"
+        raise ValueError(
+            f"{name}={getattr(config, name)} needs the whole mask, but {scene} is written by windows; "
+            "leave it out, or set tiles=false"
+        )
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
@@ -156,10 +168,17 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
     )
 
 
-def identify(path: Path, config: PredictConfig) -> str:
+def cleaning_of(config: PredictConfig, metadata: Mapping[str, str], class_names: Iterable[str]) -> Cleaning:
+    """Return how masks are cleaned; arguments and errors as of `choose_cleaning`."""
+    given = (config.threshold, config.smallest, config.fill_holes)
+    return choose_cleaning(*given, metadata, list(class_names), config.checkpoint)
+
+
+def identify(path: Path, config: PredictConfig, cleaning: Cleaning) -> str:
     """Return what tells the masks of an adapter and of settings from those of others."""
     prompts = None if config.prompts_file is None else Path(config.prompts_file).read_text()
-    settings = [config.precision, config.tiles, config.tile, config.overlap, prompts]
+    settings: list[Any] = [config.precision, config.tiles, config.tile, config.overlap, prompts]
+    settings += [] if cleaning.is_idle else [asdict(cleaning)]
     content = hashlib.sha256(path.read_bytes()).hexdigest() + json.dumps(settings)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -215,6 +234,7 @@ def predict_share(
     """
     device = config.device if kind is None else f"cuda:{rank}" if kind == "cuda" else kind
     predictor = adapter.load(config.checkpoint, config.model["weights"], config.precision, device)
+    predictor.cleaning = cleaning_of(config, predictor.metadata, predictor.class_colors)
     if config.routing:
         check_routing(predictor, config.checkpoint)
     console = Console(highlight=False, soft_wrap=True)

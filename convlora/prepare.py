@@ -1,4 +1,4 @@
-"""Get a data set, or check one: `python -m convlora.prepare dataset=isic2017 [action=check]`."""
+"""Get, check or split a data set: `python -m convlora.prepare dataset=isic2017 [action=check]`."""
 
 import json
 from collections.abc import Sequence
@@ -14,10 +14,21 @@ from rich.table import Table
 
 from convlora import draw
 from convlora.build import make_test_sets
-from convlora.cli import command
+from convlora.cli import command, given_overrides
 from convlora.data.bands import measure
-from convlora.data.check import Facts, Finding, Place, examine, judge, list_places, summarise
-from convlora.data.module import Pair, SegmentationDataModule
+from convlora.data.check import (
+    Facts,
+    Finding,
+    Place,
+    examine,
+    group_copies,
+    judge,
+    list_places,
+    summarise,
+)
+from convlora.data.module import SPLITS, Pair, SegmentationDataModule
+from convlora.data.sets.folder import Folder
+from convlora.data.splitting import draw_split, label
 from convlora.fetch import fetch, unpack
 from convlora.schema import Config, make
 
@@ -34,6 +45,9 @@ class PrepareConfig:
     dataset: Config
     action: str
     data_root: str
+    val: float
+    test: float
+    seed: int
     output: str
     test_sets: list[str]
     loading: Config
@@ -43,16 +57,22 @@ class PrepareConfig:
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Download and verify a data set, or check what is in it.
+    """Download and verify a data set, check what is in it, or draw the split of a folder.
 
     Raises:
-        ValueError: no such action.
+        FileExistsError: the folder has a split.
+        ValueError: no such action, or a setting that it has no use for.
         SystemExit: with code 1 where the check found errors.
     """
     settings = config.dataset  # all of it is got and checked, whatever part a training would take
     whole = {"test_subsets": settings["subsets"]} if settings.get("test_subsets") else {}
     for key in config.loading.keys() - {"_target_", "channels", "percentiles"}:
         raise ValueError(f"loading.{key} has no effect here, where images are read as they are; leave it out")
+    given = {argument.lstrip("+").partition("=")[0] for argument in given_overrides()}
+    idle = ("test_sets", "output") if config.action == "split" else ("val", "test", "seed")
+    for key in idle:
+        if key in given:
+            raise ValueError(f"{key} has no effect with action={config.action}; leave it out")
     loading = make("loading", config.loading)
     data: SegmentationDataModule = make("dataset", settings, ["test_subsets"], loading=loading, **whole)
     if config.action == "download":
@@ -61,8 +81,10 @@ def prepare(config: PrepareConfig) -> None:
         sets = [data, *make_test_sets(config.test_sets, "prepare", data)]
         if check(sets, Path(config.output)):
             raise SystemExit(1)
+    elif config.action == "split":
+        split(data, config.val, config.test, config.seed)
     else:
-        raise ValueError(f"action={config.action} must be download or check")
+        raise ValueError(f"action={config.action} must be download, check or split")
 
 
 def download(data: SegmentationDataModule) -> None:
@@ -130,12 +152,7 @@ def check(sets: Sequence[SegmentationDataModule], output: Path) -> bool:
     listed, findings = list_places(sets)
     if not listed:
         raise FileNotFoundError(findings[0].message)
-    channels, percentiles = first.loading.channels, first.loading.percentiles
-    if channels is not None:
-        images = [pair.image for pair in listed[0][1]]
-        bands = measure(images, channels, percentiles, strict=False)
-        for data in sets:
-            data.use_bands(bands)
+    use_bands(sets, listed[0][1])
     output.mkdir(parents=True, exist_ok=True)
     total = sum(len(pairs) for _, pairs in listed)
     found = list(track(examine(listed), "check", total, console=console))
@@ -160,6 +177,83 @@ def check(sets: Sequence[SegmentationDataModule], output: Path) -> bool:
     warnings = len(findings) - errors
     console.print(f"errors: {errors}, warnings: {warnings}; {', '.join(written)} in {output}")
     return errors > 0
+
+
+def use_bands(sets: Sequence[SegmentationDataModule], pairs: Sequence[Pair]) -> None:
+    """Read the images of all data sets by the bands that `loading` names, scaled by those of `pairs`."""
+    channels, percentiles = sets[0].loading.channels, sets[0].loading.percentiles
+    if channels is not None:
+        bands = measure([pair.image for pair in pairs], channels, percentiles, strict=False)
+        for data in sets:
+            data.use_bands(bands)
+
+
+def split(data: SegmentationDataModule, val: float, test: float, seed: int) -> None:
+    """Draw which images of a folder train, validate and test, write that down and print how it came out.
+
+    Copies and near-copies, as the check finds them, stay together. The splits have about the same share of
+    images with each class, and of empty masks.
+
+    Args:
+        data: the folder.
+        val: share of the images, between 0 and 1.
+        test: the same; what is left is for training.
+        seed: the same images and seed give the same split.
+
+    Raises:
+        FileExistsError: the folder has a split, or a part of one.
+        FileNotFoundError: there is no such folder.
+        ValueError: the shares are impossible, the data set is no folder of the user's, an image or a mask
+            cannot be read, or there are too few.
+    """
+    if not isinstance(data, Folder):
+        raise ValueError(
+            f"action=split is for a folder of your own, {data.name} has its splits; leave the action out, or "
+            "set dataset=folder data_root=FOLDER"
+        )
+    for key, share in (("val", val), ("test", test)):
+        if not 0 < share < 1:
+            raise ValueError(f"{key}={share} must lie between 0 and 1, a share of the images; set {key}=0.2")
+    if val + test >= 1:
+        raise ValueError(f"val={val} and test={test} leave nothing to train on; their sum must be below 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0")
+    data.refuse_split()
+    pairs = data.listed("test")  # which is all of a folder without splits
+    use_bands([data], pairs)
+    found = list(track(examine([(Place("all", data, "test"), pairs)]), "read", len(pairs), console=console))
+    facts = [each for each in found if isinstance(each, Facts)]
+    if unread := [each for each in found if isinstance(each, Finding)]:
+        raise ValueError(f"{len(unread)} of {len(pairs)} images cannot be split, first: {unread[0].message}")
+    groups, labels = group_copies(facts), label(facts, data.class_names)
+    sizes = np.bincount(groups)
+    if len(sizes) < len(SPLITS):
+        raise ValueError(
+            f"{data.name}: {len(pairs)} images, {len(sizes)} that are no copies of others, are too few for "
+            f"{len(SPLITS)} splits; add images"
+        )
+    parts = draw_split(groups, np.column_stack(list(labels.values())), (1 - val - test, val, test), seed)
+    names = {
+        each: [pair.image.name for pair, part in zip(pairs, parts, strict=True) if part == index]
+        for index, each in enumerate(SPLITS)
+    }
+    data.write_split(names)
+    table = Table("", *SPLITS, "all")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    members = [*(parts == index for index in range(len(SPLITS))), parts >= 0]
+    table.add_row("images", *(str(own.sum()) for own in members))
+    table.add_row("% of images", *(f"{100 * own.mean():.1f}" for own in members))
+    for name, shown in labels.items():
+        table.add_row(f"{name}, % of them", *(f"{100 * shown[own].mean():.1f}" for own in members))
+    console.print(table)
+    several = sizes[sizes > 1]
+    if several.size:
+        console.print(
+            f"kept together: {several.sum()} images that are copies or nearly so, in {several.size} "
+            f"group{'s' * (several.size > 1)}, the largest of {several.max()}"
+        )
+    console.print(f"{', '.join(f'{each}.txt' for each in SPLITS)} in {data.root}")
 
 
 def contact_sheet(

@@ -41,6 +41,7 @@ OWN = (RECORD, f"{RECORD}.new", "hparams.yaml", METRICS, "wandb", "tensorboard",
 # Settings in which a resumed run may differ: where things lie, and what is shown of them.
 FREE = (
     "command",
+    "init_sha256",
     "data_root",
     "run_dir",
     "sweep_dir",
@@ -60,6 +61,7 @@ FREE = (
 )
 # Settings that came later, and what held where the record of a run does not name them
 LATER: dict[str, Any] = {
+    "init": None,
     "prompts._target_": "convlora.prompts.Prompts",
     "prompts.box": 0.0,
     "loading.channels": None,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from convlora.cleaning import Cleaning
 from convlora.data.bands import Bands, load_rasterio, open_raster
 from convlora.data.cache import reserve
 from convlora.geotiff import read_window, valid_pixels, write_polygons, write_raster
@@ -100,7 +101,7 @@ def _segment(item: Item, mask: Path, predictor: Predictor, tiling: Tiling, job: 
     loader = DataLoader(windows, job.batch_size, num_workers=job.num_workers, collate_fn=list)
     tiles = _logits(job.track(loader, path.name), predictor, grid)
     for top, rows in grid.blend(tiles, part.store(), part.rows):
-        part.write(top, rows)
+        part.write(top, rows, predictor.cleaning)
     next(tiles, None)  # lets the bar of the progress reach its end
     return part
 
@@ -169,12 +170,12 @@ class Part:
         store[:] = 0
         return torch.from_numpy(store)
 
-    def write(self, top: int, logits: Tensor) -> None:
-        """Keep what the logits [c, h, width] of the next row of windows say."""
+    def write(self, top: int, logits: Tensor, cleaning: Cleaning) -> None:
+        """Keep what the logits [c, h, width] of the next row of windows say, cleaned pixel by pixel."""
         height = logits.shape[1]
         layers = np.empty((2, height, self.grid.width), np.uint8)
         for left in range(0, self.grid.width, COLUMNS):
-            found = to_found(logits[:, :, left : left + COLUMNS])
+            found = to_found(logits[:, :, left : left + COLUMNS], cleaning)
             layers[0, :, left : left + COLUMNS], layers[1, :, left : left + COLUMNS] = found
         with self.path.open("r+b") as file:
             for layer in (0, 1):

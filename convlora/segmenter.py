@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlora import IGNORED
+from convlora.cleaning import HALF
 from convlora.heads import Head, PerClass
 from convlora.losses import takes_outputs
 from convlora.peft.method import Method
@@ -15,7 +16,6 @@ from convlora.sam.checkpoints import mismatches
 from convlora.sam.zoo import Sam, checkpoint_blocks
 
 NOTHING = -20.0  # logit where no object is asked for; its probability is 0 in 8 bits
-HALF = 128  # of 8-bit probabilities, the least that is at least one half
 
 
 class Segmenter(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from convlora.cleaning import Cleaning
 from convlora.data.module import Batch
 from convlora.inference import Found, Predictor, to_found
 from convlora.losses import takes_outputs
@@ -37,6 +38,7 @@ class SegmentationTask(LightningModule):
 
     Attributes:
         arrays: what the scores of the last epoch gave besides numbers, by name.
+        cleaning: of the masks that are scored.
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -65,6 +67,7 @@ class SegmentationTask(LightningModule):
         self.mean_loss = nn.ModuleDict(
             {stage: MeanMetric(nan_strategy="disable") for stage in ("val", "test")}
         )
+        self.cleaning = Cleaning()
         self.seconds = 0.0
         self._started = time.monotonic()
         self._watched: list[tuple[Tensor, str, str]] = []
@@ -210,8 +213,8 @@ class SegmentationTask(LightningModule):
             native = restore_size(logit, content, (mask.shape[0], mask.shape[1]))
             if at_native_size:
                 mean_loss.update(self.loss(native[None], mask[None, None]))
-            found = to_prediction(native)
-            values = scores(found.classes.cpu(), found.prob.cpu(), mask.cpu())
+            found = self.cleaning(*(part.cpu().numpy() for part in to_prediction(native)))
+            values = scores(*map(torch.from_numpy, found), mask.cpu())
             rows[name] = {key: values[key].item() for key in scores.names}
         return rows
 
@@ -258,7 +261,7 @@ class BoxPrompted(SegmentationTask):
         size = image.shape[0], image.shape[1]
         prompts = self._boxes(mask, predictor.resize.content(*size))
         [logits] = predictor.objects(predictor.prepare(image), size, prompts)
-        return to_found(logits)
+        return to_found(logits, self.cleaning)
 
     def _boxes(self, mask: NDArray[np.uint8], content: tuple[int, int]) -> list[Tensor]:
         boxes = torch.from_numpy(component_boxes(mask))

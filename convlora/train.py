@@ -32,6 +32,7 @@ from convlora.checkpoint import (
 from convlora.cli import command, given_overrides
 from convlora.draw import colors_of
 from convlora.losses import is_balanced
+from convlora.origin import Origin, read_origin
 from convlora.schema import Config, make
 from convlora.task import SegmentationTask
 from convlora.tracking import finish_wandb, publish
@@ -63,6 +64,7 @@ class TrainConfig:
     data_root: str
     run_dir: str
     sweep_dir: str
+    init: str | None
     resume: str | None
     compile: bool
     dry_run: bool
@@ -80,8 +82,10 @@ def train(config: TrainConfig) -> float | None:
     else:
         run.check_same_settings(folder, asdict(config))
     parts = make_parts("train", config)
+    origin = find_origin(config, parts)
+    told = origin.told if origin else config.init
     if config.dry_run:
-        announce(config, parts, folder, None)
+        announce(config, parts, folder, None, told)
         return None
     parts.data.setup("fit")
     for test in parts.tests:  # a missing test set should not come out after the training
@@ -97,7 +101,7 @@ def train(config: TrainConfig) -> float | None:
     callbacks += [table, Overlays(table), Vitals(), make_progress(config.trainer["enable_progress_bar"])]
     trainer = make_trainer(config.trainer, callbacks, default_root_dir=str(folder))
     trainer.strategy.checkpoint_io = WholeFiles()
-    announce(config, parts, folder, trainer)
+    announce(config, parts, folder, trainer, told)
     with ExitStack() as stack:
         came = stack.enter_context(run.interruptible(trainer.global_rank))
         stack.enter_context(run.watch_ranks(lambda: run.what_is_kept(folder, trainer, ChildProcessError())))
@@ -108,7 +112,7 @@ def train(config: TrainConfig) -> float | None:
             if config.resume is None:  # nor has another been here since
                 run.check_unused(folder)
             with run.own_processes(trainer):
-                return fit_and_test(config, parts, folder, trainer)
+                return fit_and_test(config, parts, folder, trainer, origin)
         except BaseException as error:
             is_told = trainer.global_step > 0 or isinstance(error, KeyboardInterrupt | SystemExit)
             if trainer.is_global_zero and is_told:
@@ -149,15 +153,41 @@ def rejoin(config: TrainConfig) -> float | None:
     return ended.validation
 
 
-def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer) -> float | None:
+def find_origin(config: TrainConfig, parts: Parts) -> Origin | None:
+    """Read the adapter that `init` names, unless the run goes on from a checkpoint of its own.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: what `read_origin` refuses, or another file than the run began with.
+    """
+    if config.init is None or (config.resume and (Path(config.resume) / run.LAST).is_file()):
+        return None
+    origin = read_origin(config.init, parts)
+    if config.resume:
+        began = run.read_record(Path(config.resume))["init_sha256"]
+        if began != origin.sha256:
+            raise ValueError(
+                f"{origin.path} has the SHA-256 {origin.sha256}, but the run in {config.resume} began with "
+                f"{began}; put that file back, or train anew in another run_dir"
+            )
+    return origin
+
+
+def fit_and_test(
+    config: TrainConfig, parts: Parts, folder: Path, trainer: Trainer, origin: Origin | None
+) -> float | None:
     """Train on the first data set, test on all, write the run folder; returns the best validation score."""
     data, checkpoint = parts.data, None
     seed_everything(config.seed, workers=True, verbose=False)
     segmenter, identity = make_segmenter(parts.backbone, parts.method, parts.head, data.num_classes)
+    if origin is not None:
+        origin.give(segmenter, identity)
     if config.compile:
         segmenter.compile_encoder()
     settings = asdict(config) | {"run_dir": str(folder), "resume": None}
     del settings["sweep_dir"]  # of a sweep, not of its runs
+    if config.init is not None:
+        settings["init_sha256"] = origin.sha256 if origin else run.read_record(folder)["init_sha256"]
     colors = colors_of(data.class_names, data.class_colors)
     precision, side, bands = str(trainer.precision), data.median_side(), data.bands
     metadata = adapter.describe(settings, colors, identity, precision, side, bands)
@@ -169,6 +199,7 @@ def fit_and_test(config: TrainConfig, parts: Parts, folder: Path, trainer: Train
         "precision": precision,
         **({} if bands is None else {"bands": bands.to_json()}),
         **({"class weights": parts.loss.told(data.class_names)} if is_balanced(parts.loss) else {}),
+        **({} if config.init is None else {"init_sha256": settings["init_sha256"]}),
     }
     task = SegmentationTask(
         segmenter, parts.loss, parts.scores, parts.optimizer, metadata, facts, config.seed, parts.prompts

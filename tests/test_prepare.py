@@ -1,6 +1,8 @@
 """From an empty folder to a data set that is checked: by a local server, with mistakes planted."""
 
 import json
+import re
+import shlex
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ import pytest
 from conftest import Commands, Finished
 from PIL import Image
 
-from convlora import fetch, prepare
+from convlora import fetch, prepare, train
+from convlora.data.sets.folder import Folder
 
 SIZES = {"train": 6, "val": 2, "test": 3}
 COUNTS = "dataset.source.images={train:6,val:2,test:3}"
@@ -271,7 +274,7 @@ def test_a_folder_of_ones_own_is_checked_with_its_classes(cli: Commands, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dataset=isic2017", "action=chekc"], "action=chekc must be download or check"),
+        (["dataset=isic2017", "action=chekc"], "action=chekc must be download, check or split"),
         (["dataset=folder", "data_root=nowhere"], "neither images nor splits in nowhere"),
         (["dataset=nc4k", "action=check"], "nc4k: no Imgs under data/TestDataset/NC4K; run"),
         ([], "dataset"),
@@ -289,3 +292,106 @@ def test_synthetic_scenes_can_be_checked_too(cli: Commands) -> None:
     done = cli(prepare, "dataset=synthetic", "action=check", "output=check", *sizes)
     assert done.code == 0, done.err
     assert "errors: 0" in done.out
+
+
+@pytest.fixture
+def undivided(tmp_path: Path) -> Path:
+    """Thirty images in a folder without a split; every fifth mask is empty, four images are near-copies."""
+    root = tmp_path / "my images"
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True)
+    for i in range(30):
+        scene(0 if i in (3, 17, 25) else i, (90, 120)).save(root / f"images/{i}.jpg", quality=95 - i)
+        (Image.new("L", (120, 90)) if i % 5 == 0 else blob()).save(root / f"masks/{i}.png")
+    return root
+
+
+def listings(root: Path) -> dict[str, list[str]]:
+    return {split: (root / f"{split}.txt").read_text().split() for split in ("train", "val", "test")}
+
+
+SPLIT = ("dataset=folder", "action=split", "val=0.2", "test=0.2")
+
+
+def test_a_folder_is_split_by_the_command_that_its_error_tells(cli: Commands, undivided: Path) -> None:
+    told = cli(train, "dataset=folder", f"data_root={undivided}", "logger=csv")
+    assert told.code == 1
+    command = re.findall("`(.+?)`", told.err)[0]
+    done = cli(prepare, *shlex.split(command)[3:], "val=0.2", "test=0.2")
+    assert done.code == 0, done.err
+    found = listings(undivided)
+    everything = [name for names in found.values() for name in names]
+    assert sorted(everything) == sorted(path.name for path in (undivided / "images").iterdir())
+    assert {split: len(names) for split, names in found.items()} == {"train": 18, "val": 6, "test": 6}
+    empty = {split: sum(int(Path(name).stem) % 5 == 0 for name in names) for split, names in found.items()}
+    assert empty == {"train": 4, "val": 1, "test": 1}
+    assert sum({"0.jpg", "3.jpg", "17.jpg", "25.jpg"} <= set(names) for names in found.values()) == 1
+    assert "kept together: 4 images that are copies or nearly so, in 1 group, the largest of 4" in done.out
+    checked = cli(prepare, "dataset=folder", f"data_root={undivided}", "action=check", "output=check")
+    assert checked.code == 0, checked.err  # no image is in two splits
+
+
+def test_the_same_images_are_split_alike_wherever_they_lie(cli: Commands, undivided: Path) -> None:
+    copy = undivided.parent / "copy"
+    for kind in ("images", "masks"):
+        (copy / kind).mkdir(parents=True)
+        for path in sorted((undivided / kind).iterdir(), reverse=True):
+            shutil.copy(path, copy / kind)
+    for root in (undivided, copy):
+        assert cli(prepare, *SPLIT, f"data_root={root}").code == 0
+    assert listings(undivided) == listings(copy)
+
+
+@pytest.mark.parametrize("there", ["train.csv", "val.txt", "test/"])
+def test_a_split_is_never_overwritten(cli: Commands, undivided: Path, there: str) -> None:
+    path = undivided / there
+    path.mkdir() if there.endswith("/") else path.write_text("0.jpg\n")
+    before = sorted(undivided.iterdir())
+    done = cli(prepare, *SPLIT, f"data_root={undivided}")
+    assert done.code == 1
+    assert f"{path} gives a split already, which is never overwritten; use it, or move" in done.err
+    assert sorted(undivided.iterdir()) == before
+
+
+def test_a_split_that_cannot_be_written_whole_leaves_nothing(undivided: Path) -> None:
+    data = Folder(name="folder", root=undivided, class_names=["foreground"])
+    with pytest.raises(ValueError, match="2 names cannot be listed line by line"):
+        data.write_split({"train": ["0.jpg", " 1.jpg"], "val": ["a\nb.jpg"], "test": ["2.jpg"]})
+    with pytest.raises(FileNotFoundError):
+        data.write_split({"train": ["0.jpg"], "no/such": ["1.jpg"]})  # type: ignore[dict-item]
+    assert not list(undivided.glob("*.txt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["val=0.6", "test=0.5"], "val=0.6 and test=0.5 leave nothing to train on"),
+        (["val=-0.1"], "val=-0.1 must lie between 0 and 1"),
+        (["test=0"], "test=0 must lie between 0 and 1"),
+        (["seed=-1"], "seed=-1 must be at least 0"),
+        (["test_sets=[nc4k]"], "test_sets has no effect with action=split"),
+        (["action=check"], "val has no effect with action=check"),
+        (["dataset=kvasir"], "action=split is for a folder of your own, kvasir has its splits"),
+        (["data_root=nowhere"], "neither images nor splits in nowhere"),
+    ],
+)
+def test_impossible_splits_are_refused(
+    cli: Commands, undivided: Path, arguments: list[str], message: str
+) -> None:
+    done = cli(prepare, *SPLIT, f"data_root={undivided}", *arguments)
+    assert done.code == 1
+    assert message in done.err
+    assert not list(undivided.glob("*.txt"))
+
+
+def test_too_few_images_and_damaged_ones_are_refused(cli: Commands, undivided: Path) -> None:
+    for path in undivided.glob("*/*"):
+        if path.stem not in ("1", "3", "17"):
+            path.unlink()
+    done = cli(prepare, *SPLIT, f"data_root={undivided}")
+    assert "3 images, 2 that are no copies of others, are too few for 3 splits; add images" in done.err
+    (undivided / "images/3.jpg").write_bytes(b"not an image")
+    done = cli(prepare, *SPLIT, f"data_root={undivided}")
+    assert "1 of 3 images cannot be split, first: " in done.err
+    assert "3.jpg" in done.err
+    assert not list(undivided.glob("*.txt"))

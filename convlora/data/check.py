@@ -14,6 +14,8 @@ import imagehash
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from convlora import IGNORED
 from convlora.data.module import Pair, SegmentationDataModule, Split
@@ -112,6 +114,17 @@ def examine(listed: Iterable[tuple[Place, Sequence[Pair]]]) -> Iterator[Facts | 
 def judge(facts: Sequence[Facts], class_names: Sequence[str]) -> list[Finding]:
     """Find the same image twice, empty and inverted masks, and classes that never occur."""
     return [*_find_copies(facts), *_judge_masks(facts, class_names)]
+
+
+def group_copies(facts: Sequence[Facts]) -> NDArray[np.int64]:
+    """Return the group of each image [n]: those of one are joined by a chain of copies and near-copies."""
+    first: dict[str, int] = {}
+    contents = np.array([first.setdefault(each.content, len(first)) for each in facts], np.int64)
+    different = [facts[index] for index in np.unique(contents, return_index=True)[1]]
+    rows, columns = np.array(_near_copies(different), np.int64).reshape(-1, 2).T
+    joined = coo_array((np.ones(len(rows)), (rows, columns)), (len(first), len(first)))
+    groups: NDArray[np.int64] = connected_components(joined, directed=False)[1][contents]
+    return groups
 
 
 def summarise(facts: Sequence[Facts], class_names: Sequence[str]) -> dict[str, dict[str, Any]]:

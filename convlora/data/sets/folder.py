@@ -1,7 +1,9 @@
 """The user's own images and masks."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 
 from convlora.data.images import IMAGE_SUFFIXES
 from convlora.data.listing import by_stem, csv_pairs, matched, refuse
@@ -49,16 +51,59 @@ class Folder(SegmentationDataModule):
                 "name per line"
             )
         if split != "test":
+            root = quote(f"data_root={self.root}")
             raise FileNotFoundError(
                 f"{self.name}: no {split} split under {self.root}, and a split is never drawn at run time; "
-                "write train.txt, val.txt and test.txt there with one image name per line, for instance "
-                '`ls images | awk \'{print > (NR%5>1 ? "train.txt" : NR%5 ? "val.txt" : "test.txt")}\'`'
+                f"`python -m convlora.prepare dataset={self.name} {root} action=split` draws one and writes "
+                "it down, or write train.txt, val.txt and test.txt there with one image name per line"
             )
         return matched(self.name, self.root / "images", self.root / "masks")
 
+    def write_split(self, names: Mapping[Split, Sequence[str]]) -> None:
+        """Write down which images each split has, or nothing at all.
+
+        Args:
+            names: split -> file names of its images.
+
+        Raises:
+            FileExistsError: there is a split already.
+            OSError: a file cannot be written.
+            ValueError: a name cannot stand in a line of its own.
+        """
+        self.refuse_split()
+        odd = [name for own in names.values() for name in own if not _is_line(name)]
+        if odd:
+            raise ValueError(
+                f"{self.name}: {len(odd)} names cannot be listed line by line (first {odd[0]!r}), because of "
+                "spaces at an end, line breaks or bytes that are no text; rename these images and their masks"
+            )
+        made: list[Path] = []
+        try:
+            for split, own in names.items():
+                with (self.root / f"{split}.txt").open("x", encoding="utf-8") as listing:
+                    made.append(Path(listing.name))
+                    listing.writelines(f"{name}\n" for name in own)
+        except BaseException:
+            for path in made:
+                path.unlink()
+            raise
+        self.forget()
+
+    def refuse_split(self) -> None:
+        """Raise FileExistsError where the folder has a split, or a part of one."""
+        found = [path for split in SPLITS for path in self._places(split) if path.exists()]
+        if found:
+            raise FileExistsError(
+                f"{self.name}: {found[0]} gives a split already, which is never overwritten; use it, or move "
+                f"{', '.join(path.name for path in found)} away to draw another"
+            )
+
     def _has(self, split: Split) -> bool:
-        listings = (self.root / f"{split}.csv", self.root / f"{split}.txt")
-        return any(path.is_file() for path in listings) or (self.root / split).is_dir()
+        *listings, folder = self._places(split)
+        return any(path.is_file() for path in listings) or folder.is_dir()
+
+    def _places(self, split: Split) -> tuple[Path, Path, Path]:
+        return self.root / f"{split}.csv", self.root / f"{split}.txt", self.root / split
 
     def _listed_pairs(self, listing: Path) -> list[Pair]:
         images = by_stem(self.name, self.root / "images")
@@ -94,6 +139,12 @@ class Folder(SegmentationDataModule):
 
 def _lines(listing: Path) -> list[str]:
     return [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _is_line(name: str) -> bool:
+    """Return whether a name is read from a listing as it is written there."""
+    text = name.encode(errors="replace").decode()
+    return [line.strip() for line in text.splitlines()] == [name]
 
 
 def _stem(name: str) -> str:

@@ -40,7 +40,7 @@ def test_without_splits_all_is_test_and_training_is_refused(tmp_path: Path) -> N
     data.setup("test")
     assert data.names("test") == ["images/a.png", "images/b.png"]
     with pytest.raises(
-        FileNotFoundError, match=r"never drawn at run time; write train\.txt, val\.txt and test\.txt"
+        FileNotFoundError, match=r"never drawn at run time; .*, or write train\.txt, val\.txt and test\.txt"
     ):
         data.setup("fit")
 
