@@ -84,14 +84,11 @@ def predict(config: PredictConfig) -> None:
     check_items(config, items)
     check_targets(items, output)
     todo = left_to_do(items, output, config.overwrite)
-    run.make_folder("output", output)
     console = Console(highlight=False, soft_wrap=True)
     if len(todo) < len(items):
         console.print(
             f"{len(items) - len(todo)} of {len(items)} are there already; overwrite=true makes them anew"
         )
-    if config.overwrite:
-        remove_stale(todo, output)
     try:
         failures = in_processes(config, todo) if todo else []
     except KeyboardInterrupt:
@@ -237,6 +234,9 @@ def predict_share(
     predictor.cleaning = cleaning_of(config, predictor.metadata, predictor.class_colors)
     if config.routing:
         check_routing(predictor, config.checkpoint)
+    run.make_folder("output", Path(config.output))
+    if config.overwrite:
+        remove_stale(items, Path(config.output))
     console = Console(highlight=False, soft_wrap=True)
 
     def show(steps: Iterable[Any], title: str) -> Iterable[Any]:
