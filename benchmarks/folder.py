@@ -25,7 +25,7 @@ from convlora.segmenter import Segmenter
 from convlora.writing import Item, Job
 
 SIDE, BATCH = 512, 4
-SETTINGS = (("mobile_sam", 256),)
+SETTINGS = (("mobile_sam", 256), ("mobile_sam", 512))
 
 
 def make_images(folder: Path, count: int) -> list[Item]:
