@@ -41,7 +41,6 @@ from convlora.tiles import check_tile, choose_tiling
 PROTOCOLS = ("automatic", "box")
 IDLE = ("resize", "augment", "shots", "cache", "seed", "channels", "percentiles")  # of `loading`
 
-
 log = logging.getLogger(__name__)
 
 

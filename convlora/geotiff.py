@@ -226,7 +226,6 @@ def write_polygons(mask: Path, target: Path, class_names: Sequence[str], made_by
 
     lon, lat = middle(mask)
     equal_area = EQUAL_AREA.format(lat, lon)
-
     names = {1: class_names[0]} if len(class_names) == 1 else dict(enumerate(class_names))
     with (
         rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE),

@@ -113,7 +113,7 @@ def check_targets(items: Sequence[Item], output: Path) -> None:
     for item in items:
         for file in item.files(output).values():
             other = taken.setdefault(file, item.path)
-            if other != item.path and item.prompt is None:
+            if other != item.path:
                 raise ValueError(
                     f"{other} and {item.path} would both be written to {file}; rename one of the two"
                 )
