@@ -62,6 +62,7 @@ FREE = (
 # Settings that came later, and what held where the record of a run does not name them
 LATER: dict[str, Any] = {
     "init": None,
+    "dataset.lists": None,
     "prompts._target_": "convlora.prompts.Prompts",
     "prompts.box": 0.0,
     "loading.channels": None,

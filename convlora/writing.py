@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -194,7 +195,8 @@ def save(picture: Image.Image, file: Path, made_by: str) -> None:
     mark = PngInfo()
     mark.add_text(MADE_BY, made_by)
     with whole(file) as new:
-        picture.save(new, "png", pnginfo=mark)
+        # runs alone: masks become smaller in half the time, probabilities a tenth larger in a quarter of it
+        picture.save(new, "png", pnginfo=mark, compress_type=zlib.Z_RLE)
 
 
 @contextmanager

@@ -47,8 +47,12 @@ def refuse(name: str, complaint: str, files: Sequence[str]) -> None:
         )
 
 
-def csv_pairs(csv_path: Path) -> list[Pair]:
-    """List the pairs of a CSV with the columns `image` and `label`, paths relative to the CSV's folder.
+def csv_pairs(csv_path: Path, root: Path | None = None) -> list[Pair]:
+    """List the pairs of a CSV with the columns `image` and `label`.
+
+    Args:
+        csv_path: of the file.
+        root: folder to which the paths in it are relative; None is the file's own.
 
     Raises:
         ValueError: a column is missing, or a row has no value in one.
@@ -66,4 +70,5 @@ def csv_pairs(csv_path: Path) -> list[Pair]:
             raise ValueError(
                 f"{csv_path}: row {number} lacks an image or a label; fill it in or delete the row"
             )
-    return [Pair(csv_path.parent / row["image"], csv_path.parent / row["label"]) for row in rows]
+    root = csv_path.parent if root is None else root
+    return [Pair(root / row["image"], root / row["label"]) for row in rows]

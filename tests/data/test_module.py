@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from convlora.data.listing import csv_pairs
 from convlora.data.loading import Loading
 from convlora.data.module import Batch, Pair, SegmentationDataModule, Split
 from convlora.data.samples import EpochSampler
+from convlora.data.sets.csv_listed import CsvListed
 from convlora.data.transforms import LongestSideResize, Resize, SquareResize
 
 SIZE = 11
@@ -227,6 +229,19 @@ def test_half_unpacked_data_is_counted_and_named(root: Path) -> None:
 def test_csv_paths_start_at_its_folder_and_other_columns_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",image,label,fold\n0,x/1.jpg,y/1.png,7\n", encoding="utf-8-sig")
     assert csv_pairs(tmp_path / "a.csv") == [Pair(tmp_path / "x/1.jpg", tmp_path / "y/1.png")]
+
+
+def test_lists_of_a_fold_stand_for_those_of_the_archive(tmp_path: Path) -> None:
+    (tmp_path / "fold").mkdir()
+    for folder, image in ((tmp_path, "own"), (tmp_path / "fold", "fold")):
+        for split in ("train", "test"):
+            (folder / f"{split}.csv").write_text(f"image,label\n{image}_{split}.jpg,{split}.png\n")
+    data = partial(CsvListed, name="x", root=str(tmp_path), class_names=["a"])
+    assert data().pairs("test") == [Pair(tmp_path / "own_test.jpg", tmp_path / "test.png")]
+    fold = data(lists=str(tmp_path / "fold"))
+    assert fold.pairs("train") == [Pair(tmp_path / "fold_train.jpg", tmp_path / "train.png")]
+    with pytest.raises(FileNotFoundError, match=r"x: no val\.csv in dataset\.lists=.*fold; a list of each"):
+        fold.pairs("val")
 
 
 @pytest.mark.parametrize(
