@@ -202,7 +202,9 @@ class QueryDecoder(TokenDecoder):
         masks = F.interpolate(outputs.masks, size=outputs.size, mode="bilinear", align_corners=False)
         with torch.autocast(masks.device.type, enabled=False):
             classes = outputs.classes.softmax(dim=-1)[..., :-1]
-            said = torch.einsum("nqc,nqhw->nchw", classes, masks.sigmoid())
+            # the sigmoid; ONNX Runtime's own is up to 2e-7 off, which the logarithm near FLOOR makes 0.1
+            present = torch.exp(-F.softplus(-masks))
+            said = torch.einsum("nqc,nqhw->nchw", classes, present)
         return torch.log(said + FLOOR)
 
 

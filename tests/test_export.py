@@ -45,7 +45,10 @@ MODEL = {
 GATE = {"_target_": "convlora.peft.gating.NoisyTopK", "top_k": 2}
 CONV_LORA = {"_target_": "convlora.peft.conv_lora.ConvLoRA", "rank": 2, "num_experts": 3, "gate": GATE}
 LORA = {"_target_": "convlora.peft.lora.LoRA", "rank": 2}
-HEAD = {"_target_": "convlora.heads.PerClass"}
+PER_CLASS = {"_target_": "convlora.heads.PerClass"}
+QUERY = {"_target_": "convlora.heads.Query", "num_queries": 8}
+# By parts of a name, how far a tensor of a query head is moved, so that queries differ in their class
+MOVED = {"output_classifier": 3.0, "hypernetworks": 1.0, "transformer": 0.05}
 ONE = {"thing": [1, 2, 3]}
 SEVERAL = {"ground": [0, 0, 0], "leaf": [0, 255, 0], "spot": [255, 0, 0]}
 SIZES = ((100, 80), (48, 36))  # of photographs, px
@@ -53,17 +56,25 @@ NEAR = 0.01  # share of pixels that rounding may turn: Pillow's bicubic is PyTor
 
 
 def plant(
-    folder: Path, peft: dict[str, Any], resize: str, colors: dict[str, list[int]], bands: Bands | None = None
+    folder: Path,
+    peft: dict[str, Any],
+    resize: str,
+    colors: dict[str, list[int]],
+    bands: Bands | None = None,
+    head: dict[str, Any] = PER_CLASS,
 ) -> Path:
     """An adapter that has learnt something."""
     side = {"_target_": f"convlora.data.transforms.{resize}", "image_size": 64}
-    config = {"model": MODEL, "peft": peft, "head": HEAD, "resize": side}
+    config = {"model": MODEL, "peft": peft, "head": head, "resize": side}
     torch.manual_seed(0)
     segmenter, identity = make_segmenter(
-        make("model", MODEL), make("peft", peft), make("head", HEAD), len(colors)
+        make("model", MODEL), make("peft", peft), make("head", head), len(colors)
     )
+    moved = MOVED if head is QUERY else {}
     for name, value in segmenter.trainable_state().items():
-        value.add_(torch.randn_like(value), alpha=0.3 if name.startswith("mask_decoder.") else 0.1)
+        usual = 0.3 if name.startswith("mask_decoder.") else 0.1
+        alpha = next((alpha for part, alpha in moved.items() if part in name), usual)
+        value.add_(torch.randn_like(value), alpha=alpha)
     folder.mkdir(exist_ok=True)
     path = folder / adapter.NAME
     metadata = adapter.describe(config, colors, identity, "32-true", bands=bands)
@@ -118,9 +129,9 @@ def check_masks(folder: Path, trained: Path, masks: list[NDArray[np.uint8]]) -> 
 
 @pytest.fixture(scope="module")
 def as_onnx(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An adapter of several classes, and its folder of ONNX."""
+    """An adapter of several classes, with queries whose masks are sure of themselves, as ONNX."""
     folder = tmp_path_factory.mktemp("onnx")
-    trained = plant(folder, CONV_LORA, "LongestSideResize", SEVERAL)
+    trained = plant(folder, CONV_LORA, "LongestSideResize", SEVERAL, head=QUERY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["export", f"checkpoint={trained}", "format=onnx"])
         export.main()
