@@ -353,6 +353,13 @@ def test_mobile_sam_accepts_its_checkpoint(shared: Path) -> None:
     )
 
 
+def test_sam_vit_tiny_accepts_weights_of_its_shape(shared: Path) -> None:
+    path = shared / "weights/sam_vit_tiny.pt"
+    sam, _ = load_backbone(replace(from_conf("sam_vit_tiny"), weights=str(path)))
+    for key, value in torch.load(path, weights_only=True).items():
+        assert torch.equal(sam.state_dict()[key], value.float())
+
+
 def test_mobile_sam_refuses_a_checkpoint_of_sam(tiny: SamViT, weights: Path) -> None:
     with pytest.raises(ValueError, match=r"mobile_sam: .* holds another model"):
         load_backbone(MobileSam(name="mobile_sam", weights=str(weights)))
