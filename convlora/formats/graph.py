@@ -85,7 +85,7 @@ def record(adapter: Adapter) -> ExportedProgram:
     images = torch.zeros(TRACED, 3, size, size)
     try:
         with torch.no_grad(), quiet():
-            return torch.export.export(segmenter, (images,), dynamic_shapes={INPUT: {0: Dim(BATCH, min=1)}})
+            return torch.export.export(segmenter, (images,), dynamic_shapes=({0: Dim(BATCH, min=1)},))
     except Exception as error:  # of many kinds, none of which says what to do
         raise refused("torch", adapter, error) from error
 
