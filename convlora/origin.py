@@ -18,6 +18,7 @@ from convlora.task import check_agreement
 CLASS_FREE = ("transformer", "iou_token", "output_upscaling")
 # Of a backbone, what leaves the weights as they are, or is checked by their hash
 OPEN = ("weights", "url", "image_size", "frozen_dtype", "activation_checkpointing")
+SIZED = ("image_size",)  # of these, what the shapes of an encoder that is trained itself follow from
 WITHOUT = "or train without init"
 
 
@@ -58,7 +59,8 @@ def read_origin(init: str, parts: Parts) -> Origin:
     """Read the adapter that a training starts from, and find out what the training can take of it.
 
     All that is trained in the encoder has to fit. Of the mask decoder it is what has the same name and shape
-    and, where classes differ, belongs to none. A single class is the foreground, whatever its name.
+    and, where classes or the kind of head differ, belongs to no class. A single class is the foreground,
+    whatever its name.
 
     Args:
         init: a run's folder, or an adapter file.
@@ -74,23 +76,27 @@ def read_origin(init: str, parts: Parts) -> Origin:
     if _plain(channels) != _plain(wanted):
         shown = "null" if channels is None else f"[{','.join(map(str, channels))}]"
         raise ValueError(f"{given} was trained with loading.channels={shown}; set that, {WITHOUT}")
-    if others := [each for each in _compare("model", file.backbone, parts.backbone) if not _is_open(each)]:
+    of_backbone = _compare("model", file.backbone, parts.backbone)
+    if others := [each for each in of_backbone if not _is_among(each, OPEN)]:
         raise ValueError(f"{given} is of another backbone: {'; '.join(others)}; set what it was, {WITHOUT}")
     expected = parts.outline.trainable_state()
     in_encoder = [{n: t for n, t in s.items() if not _is_head(n)} for s in (file.state, expected)]
     others = _compare("peft", file.method, parts.method)
     if problems := mismatches(*in_encoder):
+        others += [each for each in of_backbone if _is_among(each, SIZED)]
         raise ValueError(
-            f"{given} is of another method, {problems}: {'; '.join(others)}; set what it was, {WITHOUT}"
+            f"{given} does not fit, {problems}: {'; '.join(others)}; set what it was, {WITHOUT}"
         )
+    others += _compare("head", file.head, parts.head)
     before, now = list(file.class_colors), list(parts.data.class_names)
     same_classes = len(before) == len(now) == 1 or before == now
+    is_same = same_classes and type(file.head) is type(parts.head)
     taken = {
         name: tensor
         for name, tensor in file.state.items()
         if name in expected
         and tensor.shape == expected[name].shape
-        and (same_classes or not _is_head(name) or name.split(".")[1] in CLASS_FREE)
+        and (is_same or not _is_head(name) or name.split(".")[1] in CLASS_FREE)
     }
     told = [f"{len(taken)} of {len(expected)} trained tensors from {file.path}"]
     if anew := sorted({".".join(name.split(".")[:2]) for name in expected.keys() - taken.keys()}):
@@ -105,8 +111,8 @@ def _is_head(name: str) -> bool:
     return name.startswith("mask_decoder.")
 
 
-def _is_open(difference: str) -> bool:
-    return difference.split()[0].removeprefix("model.") in OPEN
+def _is_among(difference: str, settings: Sequence[str]) -> bool:
+    return difference.split()[0].removeprefix("model.") in settings
 
 
 def _compare(name: str, was: Any, now: Any) -> list[str]:

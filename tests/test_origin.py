@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composed import compose
 from conftest import SMALL, Commands, train_in
 from PIL import Image
 from processes import Training
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from convlora import train
+from convlora import adapter, train
+from convlora.build import make_segmenter
 from convlora.fetch import hash_file
+from convlora.schema import make, resolve
 
 JOB = (*SMALL, "logger=csv", "dataset.train_size=8", "dataset.val_size=2", "dataset.test_size=2")
 STILL = ("optimizer.lr=0", "trainer.max_epochs=1")  # trains nothing, so that what it starts from is seen
@@ -123,6 +126,54 @@ def test_a_run_of_another_start_is_not_taken_for_the_same(cli: Commands, init: P
     assert done.code == 1
     assert "first/adapter.safetensors has the SHA-256" in done.err
     assert "put that file back, or train anew in another run_dir" in done.err
+
+
+def plant_adapter(path: Path, *overrides: str) -> None:
+    """Save what a training with these settings starts as, of three classes."""
+    composed = compose("train", *overrides)
+    config = {name: resolve(composed[name]) for name in adapter.PACKAGES}
+    parts = make("model", config["model"]), make("peft", config["peft"]), make("head", config["head"])
+    segmenter, identity = make_segmenter(*parts, 3)
+    described = adapter.describe(config, dict.fromkeys("abc", [0, 0, 0]), identity, "32-true")
+    adapter.save(path, segmenter.trainable_state(), described)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "anew"),
+    [
+        ("per_class", "query", "mask_tokens output_classifier output_hypernetworks_mlps"),
+        ("query", "per_class", "mask_tokens output_hypernetworks_mlps"),
+    ],
+)
+def test_what_belongs_to_another_head_starts_anew_though_its_shapes_fit(
+    cli: Commands, was: str, now: str, anew: str
+) -> None:
+    """As many queries as classes: tokens have one shape, and both heads have a first MLP."""
+    plant_classes(Path("mine"))
+    other = ("dataset=folder", "data_root=mine", "dataset.class_names=[a,b,c]", "metrics=multiclass")
+    job = (*other, "model=sam_tiny", *(each for each in JOB if not each.startswith("dataset.")))
+    heads = {
+        "per_class": ("head=per_class", "loss=cross_entropy_dice"),
+        "query": ("head=query", "head.num_queries=3"),
+    }
+    plant_adapter(Path("first.safetensors"), *job, *heads[was])
+    done = cli(train, *job, *heads[now], "dry_run=true", "init=first.safetensors")
+    assert done.code == 0, done.err
+    told = " ".join(done.out.split())
+    assert f"{', '.join(f'mask_decoder.{part}' for part in anew.split())} start anew;" in told
+    kinds = {"per_class": "PerClass", "query": "Query"}
+    assert f"differing: head was {kinds[was]}, is {kinds[now]}" in told
+
+
+def test_an_encoder_of_another_image_size_is_refused_by_it_where_it_was_trained_itself(
+    cli: Commands,
+) -> None:
+    job = [each for each in JOB if "image_size" not in each]
+    plant_adapter(Path("first.safetensors"), *job, "peft=full", "model.image_size=64")
+    done = cli(train, *job, "peft=full", "model.image_size=32", "dry_run=true", "init=first.safetensors")
+    assert done.code == 1
+    assert "init=first.safetensors does not fit, " in done.err
+    assert ": model.image_size was 64, is 32; set what it was, or train without init" in done.err
 
 
 @pytest.mark.parametrize(
