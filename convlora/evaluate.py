@@ -28,7 +28,7 @@ from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import LongestSideResize, NativeSize, Resize
 from convlora.heads import SamsOwn
 from convlora.inference import Predictor, TiledSegmenter
-from convlora.losses import is_balanced, takes_outputs
+from convlora.losses import balanced, takes_outputs
 from convlora.metrics.thresholds import LEVELS, best_threshold, overlap_by_level
 from convlora.peft.selective import DecoderOnly
 from convlora.routing import Routing
@@ -103,10 +103,10 @@ def evaluate(config: EvaluateConfig) -> None:
         check_tile(config.tile, ((image, image_size(image, trained.bands)) for image in images))
     check_classes(name, list(trained.class_colors), data)
     loss = make_loss(config.loss, trained.segmenter)
-    if is_balanced(loss):
+    if balanced(loss):
         raise ValueError(
-            "loss.class_weights=balanced follows from training images; give the numbers that the training "
-            "told, as loss.class_weights=[1,2.5], or leave it out"
+            "class_weights=balanced of the loss follows from training images; give the numbers that the "
+            "training told, as loss.class_weights=[1,2.5], or leave it out"
         )
     if tiling is not None and takes_outputs(loss):
         raise ValueError(

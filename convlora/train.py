@@ -31,7 +31,7 @@ from convlora.checkpoint import (
 )
 from convlora.cli import command, given_overrides
 from convlora.draw import colors_of
-from convlora.losses import is_balanced
+from convlora.losses import balanced
 from convlora.origin import Origin, read_origin
 from convlora.schema import Config, make
 from convlora.task import SegmentationTask
@@ -94,8 +94,10 @@ def train(config: TrainConfig) -> float | None:
     parts.data.use_bands(bands, "train", "val")
     for test in parts.tests:  # nor an image of another kind
         test.use_bands(bands, "test")
-    if is_balanced(parts.loss):
-        parts.loss.balance(parts.data.class_shares())
+    if terms := balanced(parts.loss):
+        shares = parts.data.class_shares()
+        for term in terms:
+            term.balance(shares)
     table = run.ScoreTable()
     callbacks: list[Callback] = [*parts.callbacks.values(), RunCheckpoint("last"), StayStopped()]
     callbacks += [table, Overlays(table), Vitals(), make_progress(config.trainer["enable_progress_bar"])]
@@ -198,7 +200,7 @@ def fit_and_test(
         "devices": devices_of(trainer),
         "precision": precision,
         **({} if bands is None else {"bands": bands.to_json()}),
-        **({"class weights": parts.loss.told(data.class_names)} if is_balanced(parts.loss) else {}),
+        **{"class weights": term.told(data.class_names) for term in balanced(parts.loss)},  # all the same
         **({} if config.init is None else {"init_sha256": settings["init_sha256"]}),
     }
     task = SegmentationTask(

@@ -176,13 +176,19 @@ def test_balanced_weights_are_measured_told_and_kept(cli: Commands, mine: Path) 
     told = json.loads(Path("run/summary.json").read_text())["class weights"]
     assert {word.split()[0]: float(word.split()[1]) for word in told.split(", ")} == pytest.approx(expected)
     assert told in " ".join(done.out.split())
-    dry = cli(train, *job, "dry_run=true", "run_dir=dry")
+    weighted = (
+        *("loss=bce_dice_cldice", "loss.weights.bce_dice=0", "loss.weights.cldice=0", "+loss.weights.a=1"),
+        "+loss.terms.a._target_=convlora.losses.CrossEntropyDiceLoss",
+        "+loss.terms.a.class_weights=balanced",
+    )
+    dry = cli(train, *DATA, *CLASSES, *MODEL, *weighted, "dry_run=true", "run_dir=dry")
+    assert dry.code == 0, dry.err
     assert "the median share of the pixels over each class's own" in " ".join(dry.out.split())
     lone = cli(
         evaluate, "checkpoint=run", *DATA, *CLASSES, "loss=set", "loss.class_weights=balanced", "output=o"
     )
     assert lone.code == 1
-    assert "loss.class_weights=balanced follows from training images; give the numbers" in lone.err
+    assert "class_weights=balanced of the loss follows from training images; give the numbers" in lone.err
 
 
 @pytest.mark.parametrize(

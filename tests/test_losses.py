@@ -21,12 +21,14 @@ from convlora.losses import (
     SoftClDiceLoss,
     StructureLoss,
     Weighted,
-    is_balanced,
+    balanced,
     local_mean,
     soft_skeleton,
+    takes_outputs,
 )
 from convlora.metrics.roads import cldice
 from convlora.schema import make
+from convlora.set_loss import SetLoss
 
 FILES = sorted(path.stem for path in (ROOT / "conf/loss").glob("*.yaml") if path.stem != "set")
 each_loss = pytest.mark.parametrize("name", FILES)
@@ -147,14 +149,15 @@ def mean_cross_entropy(logits: Tensor, masks: Tensor, weights: list[float]) -> T
 
 def test_balanced_weights_are_the_median_share_over_each_classs_own() -> None:
     loss, logits = CrossEntropyDiceLoss("balanced"), sample("cross_entropy_dice")
-    assert is_balanced(loss)
+    assert balanced(loss) == [loss]
     torch.testing.assert_close(loss(*logits), CrossEntropyDiceLoss()(*logits))  # until they are known
     loss.balance([0.5, 0.1, 0.0, 0.2])
     torch.testing.assert_close(loss.weights_of(4, torch.device("cpu")), torch.tensor([0.4, 2.0, 1.0, 1.0]))
     assert loss.told(["sky", "sea", "sand", "sun"]) == "sky 0.4, sea 2, sand 1, sun 1"
     torch.testing.assert_close(loss(*logits), CrossEntropyDiceLoss([0.4, 2.0, 1.0, 1.0])(*logits))
-    assert not is_balanced(CrossEntropyDiceLoss([1.0, 2.0]))
-    assert not is_balanced(BceDiceLoss())
+    other = CrossEntropyDiceLoss([1.0, 2.0])
+    assert balanced(other) == balanced(BceDiceLoss()) == []
+    assert balanced(Weighted({"a": other, "b": loss}, {"a": 1, "b": 1})) == [loss]
 
 
 @pytest.mark.parametrize(
@@ -353,13 +356,21 @@ def test_weighted_sums_its_terms_by_name() -> None:
     [
         ({}, r"loss\.weights has , but loss\.terms a; give each term its weight"),
         ({"a": 1, "b": 1}, r"loss\.weights has a, b, but loss\.terms a"),
-        ({"a": -1}, r"loss\.weights\.a=-1 must be at least 0"),
-        ({"a": float("nan")}, r"loss\.weights\.a=nan must be at least 0"),
+        ({"a": -1}, r"loss\.weights\.a=-1 must be a number of at least 0"),
+        ({"a": float("nan")}, r"loss\.weights\.a=nan must be a number of at least 0"),
+        ({"a": float("inf")}, r"loss\.weights\.a=inf must be a number of at least 0"),
     ],
 )
 def test_weights_that_fit_no_terms_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Weighted({"a": BceDiceLoss()}, weights)
+
+
+def test_terms_of_logits_and_of_the_heads_outputs_do_not_mix() -> None:
+    terms, weights = {"set": SetLoss(), "entropy": CrossEntropyDiceLoss()}, {"set": 1.0, "entropy": 1.0}
+    with pytest.raises(ValueError, match=r"outputs \(set\) and of logits \(entropy\), .*; leave out those of"):
+        Weighted(terms, weights)
+    assert takes_outputs(Weighted({"set": SetLoss()}, {"set": 1}))
 
 
 def test_soft_skeleton_without_iterations_is_refused() -> None:
