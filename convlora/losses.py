@@ -262,15 +262,17 @@ class Weighted(nn.Module):
             )
         if not any(weights.values()):
             raise ValueError("loss.weights are all 0, so nothing would be trained; give one above 0")
-        wrong = [f"loss.weights.{name}={weight}" for name, weight in weights.items() if not 0 <= weight < math.inf]
+        wrong = [
+            f"loss.weights.{name}={weight}" for name, weight in weights.items() if not 0 <= weight < math.inf
+        ]
         if wrong:
             raise ValueError(f"{wrong[0]} must be a number of at least 0; 0 leaves the term out")
         of_outputs = [name for name, term in terms.items() if takes_outputs(term)]
         if 0 < len(of_outputs) < len(terms):
             of_logits = ", ".join(name for name in terms if name not in of_outputs)
             raise ValueError(
-                f"loss.terms are of the head's outputs ({', '.join(of_outputs)}) and of logits ({of_logits}), "
-                "which do not add up; leave out those of one kind"
+                f"loss.terms are of the head's outputs ({', '.join(of_outputs)}) and of logits "
+                f"({of_logits}), which do not add up; leave out those of one kind"
             )
         self.terms = nn.ModuleDict(terms)
         self.takes_outputs = bool(of_outputs)

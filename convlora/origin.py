@@ -9,7 +9,6 @@ from torch import Tensor
 
 from convlora import adapter
 from convlora.build import Parts
-from convlora.fetch import hash_file
 from convlora.sam.checkpoints import mismatches
 from convlora.segmenter import Segmenter
 from convlora.task import check_agreement
@@ -28,7 +27,7 @@ class Origin:
 
     Attributes:
         path: of the file.
-        sha256: of the file.
+        sha256: of tensors and metadata, the adapter's `identity`.
         metadata: of the file.
         taken: tensors that the training starts from, by name.
         told: the same in words, with what starts anew.
@@ -84,9 +83,7 @@ def read_origin(init: str, parts: Parts) -> Origin:
     others = _compare("peft", file.method, parts.method)
     if problems := mismatches(*in_encoder):
         others += [each for each in of_backbone if _is_among(each, SIZED)]
-        raise ValueError(
-            f"{given} does not fit, {problems}: {'; '.join(others)}; set what it was, {WITHOUT}"
-        )
+        raise ValueError(f"{given} does not fit, {problems}: {'; '.join(others)}; set what it was, {WITHOUT}")
     others += _compare("head", file.head, parts.head)
     before, now = list(file.class_colors), list(parts.data.class_names)
     same_classes = len(before) == len(now) == 1 or before == now
@@ -104,7 +101,7 @@ def read_origin(init: str, parts: Parts) -> Origin:
         told.append(f"{', '.join(anew)} start anew{why}")
     if others:
         told.append(f"differing: {'; '.join(others)}")
-    return Origin(file.path, hash_file(file.path), file.metadata, taken, "; ".join(told))
+    return Origin(file.path, file.identity, file.metadata, taken, "; ".join(told))
 
 
 def _is_head(name: str) -> bool:

@@ -169,8 +169,8 @@ def find_origin(config: TrainConfig, parts: Parts) -> Origin | None:
         began = run.read_record(Path(config.resume))["init_sha256"]
         if began != origin.sha256:
             raise ValueError(
-                f"{origin.path} has the SHA-256 {origin.sha256}, but the run in {config.resume} began with "
-                f"{began}; put that file back, or train anew in another run_dir"
+                f"{origin.path} is another adapter than the run in {config.resume} began with (init_sha256 "
+                f"{origin.sha256}, not {began}); put that file back, or train anew in another run_dir"
             )
     return origin
 
@@ -200,7 +200,7 @@ def fit_and_test(
         "devices": devices_of(trainer),
         "precision": precision,
         **({} if bands is None else {"bands": bands.to_json()}),
-        **{"class weights": term.told(data.class_names) for term in balanced(parts.loss)},  # all the same
+        **({"class weights": terms[0].told(data.class_names)} if (terms := balanced(parts.loss)) else {}),
         **({} if config.init is None else {"init_sha256": settings["init_sha256"]}),
     }
     task = SegmentationTask(

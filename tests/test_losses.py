@@ -368,7 +368,9 @@ def test_weights_that_fit_no_terms_are_refused(weights: dict[str, float], messag
 
 def test_terms_of_logits_and_of_the_heads_outputs_do_not_mix() -> None:
     terms, weights = {"set": SetLoss(), "entropy": CrossEntropyDiceLoss()}, {"set": 1.0, "entropy": 1.0}
-    with pytest.raises(ValueError, match=r"outputs \(set\) and of logits \(entropy\), .*; leave out those of"):
+    with pytest.raises(
+        ValueError, match=r"outputs \(set\) and of logits \(entropy\), .*; leave out those of"
+    ):
         Weighted(terms, weights)
     assert takes_outputs(Weighted({"set": SetLoss()}, {"set": 1}))
 
