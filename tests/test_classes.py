@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.metrics
-from composed import names
+from composed import loss_of, names
 from conftest import SMALL, Commands, train_in
 from dashboards import dashboards, missing, unshown, workspace
 from PIL import Image
@@ -29,7 +29,6 @@ CLASSES = (
 )
 MODEL = ("model=sam_tiny", *(option for option in SMALL if option.startswith(("model.", "optimizer."))))
 DATA = ("dataset=folder", "data_root=mine")
-LOSSES = {"per_class": "cross_entropy_dice", "query": "set"}
 PER_CLASS = "loss=cross_entropy_dice"
 
 
@@ -62,14 +61,14 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     options = ("loading.batch_size=2", "optimizer.lr=1e-2", "trainer.max_epochs=15", "logger=wandb")
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "mine").symlink_to(place / "mine")
-    own = (f"head={request.param}", f"loss={LOSSES[request.param]}")
+    own = (f"head={request.param}", f"loss={loss_of(request.param)}")
     return train_in(folder, *DATA, *CLASSES, *MODEL, *options, *own)
 
 
 @pytest.fixture
 def loss(request: pytest.FixtureRequest) -> str:
     """The loss of the training."""
-    return f"loss={LOSSES[request.node.callspec.params['trained']]}"
+    return f"loss={loss_of(request.node.callspec.params['trained'])}"
 
 
 @pytest.fixture
