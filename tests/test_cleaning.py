@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -120,7 +121,7 @@ def test_of_equal_thresholds_the_one_nearest_to_a_half_is_taken() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("trained"), *SMALL, "logger=csv")
+    return train_in(tmp_path_factory.mktemp("trained"), *SMALL, "logger=csv", "trainer.max_epochs=1")
 
 
 @pytest.fixture
@@ -242,20 +243,33 @@ def test_scenes_take_a_threshold_but_nothing_that_needs_the_whole_mask(cli: Comm
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["threshold=0"], "threshold=0 must lie above 0"),
-        (["threshold=1.5"], "threshold=1.5 must lie above 0"),
-        (["threshold=half"], "threshold=half is not possible here; set a number"),
-        (["smallest=-1"], "smallest=-1 must be at least 0, in pixels"),
-        (["fill_holes=-1"], "fill_holes=-1 must be at least 0, in pixels"),
-        (["fill_holes=some"], "fill_holes=some is not possible"),
+        ((0, 0, False), "threshold=0 must lie above 0"),
+        ((1.5, 0, False), "threshold=1.5 must lie above 0"),
+        (("half", 0, False), "threshold=half is not possible here; set a number"),
+        ((0.5, -1, False), "smallest=-1 must be at least 0, in pixels"),
+        ((0.5, 0, -1), "fill_holes=-1 must be at least 0, in pixels"),
     ],
 )
-def test_impossible_settings_are_refused(cli: Commands, run: Path, settings: list[str], message: str) -> None:
+def test_impossible_settings_are_refused(settings: tuple[Any, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_cleaning(*settings, {}, ["a"], "RUN")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("threshold=half", "threshold=half is not possible here; set a number"),
+        ("fill_holes=some", "fill_holes=some is not possible"),
+    ],
+)
+def test_both_commands_refuse_impossible_settings(
+    cli: Commands, run: Path, setting: str, message: str
+) -> None:
     plant_test_set(Path("data/TestDataset/CHAMELEON"), 1)
-    done = cli(evaluate, f"checkpoint={run}", "dataset=chameleon", *QUIET, "output=out", *settings)
+    done = cli(evaluate, f"checkpoint={run}", "dataset=chameleon", *QUIET, "output=out", setting)
     assert (done.code, message in done.err) == (1, True), done.err
     source = "input=data/TestDataset/CHAMELEON/Imgs"
-    done = cli(predict, f"checkpoint={run}", source, "output=found", *settings)
+    done = cli(predict, f"checkpoint={run}", source, "output=found", setting)
     assert (done.code, message in done.err) == (1, True), done.err
 
 

@@ -26,13 +26,27 @@ OF_CLASSES = ("mask_decoder.mask_tokens", "mask_decoder.output_hypernetworks_mlp
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("trained"), *JOB)
+    return train_in(tmp_path_factory.mktemp("trained"), *JOB, "trainer.max_epochs=1")
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """A run that started from the first one, which is called so in its settings."""
+    folder = tmp_path_factory.mktemp("started")
+    shutil.copytree(trained, folder / "first")
+    return train_in(folder, *JOB, *STILL, "seed=5", "init=first")
 
 
 @pytest.fixture
 def init(cli: Commands, trained: Path) -> Path:
     """A copy in the present folder."""
     return Path(shutil.copytree(trained, "first"))
+
+
+@pytest.fixture
+def second(cli: Commands, started: Path) -> Path:
+    """A copy in the present folder."""
+    return Path(shutil.copytree(started, "run"))
 
 
 def tensors(run: str | Path) -> dict[str, torch.Tensor]:
@@ -45,21 +59,18 @@ def metadata(run: str | Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def test_all_that_was_trained_is_taken_and_the_run_says_so(cli: Commands, init: Path) -> None:
-    done = cli(train, *JOB, *STILL, "seed=5", f"init={init}", "run_dir=second")
-    assert done.code == 0, done.err
-    before, after = tensors(init), tensors("second")
+def test_all_that_was_trained_is_taken_and_the_run_says_so(init: Path, second: Path) -> None:
+    before, after = tensors(init), tensors(second)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     adapter.keep_threshold(init, 0.4, "dice")  # which makes no other adapter of it
-    count, sha256 = len(before), adapter.open_file(init, None, None).identity
-    assert f"starts from     {count} of {count} trained tensors from first/adapter.safetensors" in done.out
-    config = json.loads(metadata("second")["config"])
+    sha256 = adapter.open_file(init, None, None).identity
+    config = json.loads(metadata(second)["config"])
     assert (config["init"], config["init_sha256"]) == ("first", sha256)
-    record = Path("second/config.yaml").read_text()
+    record = (second / "config.yaml").read_text()
     assert "init: first\n" in record
     assert f"init_sha256: {sha256}\n" in record
-    assert json.loads(Path("second/summary.json").read_text())["init_sha256"] == sha256
+    assert json.loads((second / "summary.json").read_text())["init_sha256"] == sha256
 
 
 def plant_classes(root: Path) -> None:
@@ -95,36 +106,32 @@ def test_other_classes_start_anew_and_all_else_does_not(cli: Commands, init: Pat
     )
 
 
-def test_a_run_goes_on_without_the_file_that_it_began_from(cli: Commands, init: Path) -> None:
-    job = (*JOB, "trainer.max_epochs=1", f"init={init}", "run_dir=second")
-    assert cli(train, *job).code == 0
-    before, told = tensors("second"), metadata("second")
-    record, summary = (Path("second", name).read_text() for name in ("config.yaml", "summary.json"))
-    shutil.rmtree(init)
-    Path("second/adapter.safetensors").unlink()
-    done = cli(train, "resume=second")
+def test_a_run_goes_on_without_the_file_that_it_began_from(cli: Commands, second: Path) -> None:
+    before, told = tensors(second), metadata(second)
+    record, summary = ((second / name).read_text() for name in ("config.yaml", "summary.json"))
+    (second / "adapter.safetensors").unlink()
+    done = cli(train, f"resume={second}")
     assert done.code == 0, done.err
     assert "starts from     first\n" in done.out
-    assert all(torch.equal(before[name], tensor) for name, tensor in tensors("second").items())
-    assert metadata("second") == told
-    assert Path("second/config.yaml").read_text() == record
-    found, expected = json.loads(Path("second/summary.json").read_text()), json.loads(summary)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(second).items())
+    assert metadata(second) == told
+    assert (second / "config.yaml").read_text() == record
+    found, expected = json.loads((second / "summary.json").read_text()), json.loads(summary)
     assert {**found, "fit_seconds": 0} == {**expected, "fit_seconds": 0}
 
 
-def test_a_run_of_another_start_is_not_taken_for_the_same(cli: Commands, init: Path) -> None:
-    assert cli(train, *JOB, *STILL, f"init={init}", "run_dir=second").code == 0
+def test_a_run_of_another_start_is_not_taken_for_the_same(cli: Commands, init: Path, second: Path) -> None:
     shutil.copytree(init, "other")
     for changed, was in (("init=other", "first, is other"), ("init=null", "first, is None")):
-        done = cli(train, "resume=second", changed)
+        done = cli(train, f"resume={second}", changed)
         assert done.code == 1
-        assert f"resume=second is another run with these settings: init was {was}" in done.err
-    Path("second/last.ckpt").unlink()  # as if no epoch had ended
+        assert f"resume=run is another run with these settings: init was {was}" in done.err
+    (second / "last.ckpt").unlink()  # as if no epoch had ended
     save_file({name: tensor + 1 for name, tensor in tensors(init).items()}, init / "adapter.safetensors",
               metadata(init))  # fmt: skip
-    done = cli(train, "resume=second")
+    done = cli(train, f"resume={second}")
     assert done.code == 1
-    assert "first/adapter.safetensors is another adapter than the run in second began with" in done.err
+    assert "first/adapter.safetensors is another adapter than the run in run began with" in done.err
     assert "put that file back, or train anew in another run_dir" in done.err
 
 
@@ -205,6 +212,8 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_is_read(
 def test_settings_that_leave_the_tensors_fitting_are_told(cli: Commands, init: Path) -> None:
     done = cli(train, *JOB, "dry_run=true", f"init={init}", "peft.alpha=16", "peft.b_rate=4")
     assert done.code == 0, done.err
+    count = len(tensors(init))
+    assert f"starts from     {count} of {count} trained tensors from first/adapter.safetensors" in done.out
     told = " ".join(done.out.split()).partition("differing: ")[2]
     assert "peft.alpha was 32.0, is 16" in told
     assert "peft.b_rate was 1.0, is 4" in told
