@@ -58,7 +58,13 @@ def mine(cli: Commands, place: Path) -> Path:
 
 @pytest.fixture(scope="module", params=names("head"))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, place: Path) -> Path:
-    options = ("loading.batch_size=2", "optimizer.lr=1e-2", "trainer.max_epochs=15", "logger=wandb")
+    options = (
+        "loading.batch_size=2",
+        "optimizer.lr=1e-2",
+        "trainer.max_epochs=15",
+        "logger=wandb",
+        "trainer.check_val_every_n_epoch=5",
+    )
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "mine").symlink_to(place / "mine")
     own = (f"head={request.param}", f"loss={loss_of(request.param)}")
