@@ -1,5 +1,6 @@
 """The file that users keep: trained tensors with all that is needed to use them again."""
 
+import hashlib
 import json
 import logging
 import re
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 # A key that is absent means what it meant before it existed, so that later versions add keys.
 FORMAT = "convlora-adapter-3"
 NAME = "adapter.safetensors"
+THRESHOLD = ("threshold", "threshold_by")  # keys that `keep_threshold` writes
 WAY_OUT = "set model.weights=PATH to the weights it was trained on"
 # Of the hub, USER/REPO@REVISION, and no file's name
 REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*?(?<!\.safetensors)(?<!\.ckpt))(?:@([\w./-]+))?")
@@ -127,12 +129,26 @@ def keep_threshold(checkpoint: str | Path, threshold: float, found_by: str) -> N
     """Write a threshold into an adapter's file, which `threshold=tuned` then takes; all else in it stays.
 
     Args:
-        checkpoint: as of `load`.
+        checkpoint: as of `load`, and not of the hub.
         threshold: the least probability of foreground.
         found_by: what it was chosen by, in words.
     """
     file = open_file(checkpoint, None, None)
-    save(file.path, file.state, {**file.metadata, "threshold": str(threshold), "threshold_by": found_by})
+    kept = dict(zip(THRESHOLD, (str(threshold), found_by), strict=True))
+    save(file.path, file.state, {**file.metadata, **kept})
+
+
+def check_own(checkpoint: str | Path) -> None:
+    """Refuse to write into a file that is the hub's; raises ValueError."""
+    if named := _of_hub(checkpoint):
+        repository, revision = named.groups()
+        folder = repository.partition("/")[2]
+        chosen = "" if revision is None else f" --revision {revision}"
+        raise ValueError(
+            f"checkpoint={checkpoint} is a file of the Hugging Face Hub, in which no threshold is kept; `hf "
+            f"download {repository} {NAME}{chosen} --local-dir {folder}` copies it, then set "
+            f"checkpoint={folder}"
+        )
 
 
 class LoadedPredictor(Predictor):
@@ -266,12 +282,16 @@ def find(checkpoint: str | Path) -> Path:
             f"{path} has not ended and has no adapter yet; "
             f"`python -m convlora.export {in_shell('checkpoint', path)}` makes one of its best epoch so far"
         )
-    if not path.parent.exists() and (named := REPOSITORY.fullmatch(str(checkpoint))):
+    if named := _of_hub(checkpoint):
         log.warning(f"{checkpoint}: no such folder, taken from the Hugging Face Hub")
         return fetch_from_hub(named[1], named[2], NAME)
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")
     return path
+
+
+def _of_hub(checkpoint: str | Path) -> re.Match[str] | None:
+    return None if Path(checkpoint).parent.exists() else REPOSITORY.fullmatch(str(checkpoint))
 
 
 def read(checkpoint: str | Path, weights: str | None = None, precision: str | None = None) -> Adapter:
@@ -305,6 +325,13 @@ class File:
     class_colors: dict[str, list[int]]
     precision: str
     bands: Bands | None
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of tensors and metadata, the same whether or not a threshold has been kept since."""
+        described = {key: value for key, value in self.metadata.items() if key not in THRESHOLD}
+        content = to_bytes(self.state) + json.dumps(described, sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest()
 
 
 def open_file(checkpoint: str | Path, weights: str | None, precision: str | None) -> File:

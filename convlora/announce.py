@@ -12,7 +12,7 @@ from rich.console import Console
 
 from convlora.build import Parts, missing_devices
 from convlora.data.module import SegmentationDataModule, Split
-from convlora.losses import is_balanced
+from convlora.losses import balanced
 from convlora.run import count
 from convlora.schema import Config
 
@@ -51,7 +51,7 @@ def announce(
         and f"peft.{parts.method.width} is the greatest that trains no more than {config.match:,} parameters",
         "head": spell(config.head),
         "loss": spell(config.loss),
-        "class weights": parts.loss.told(data.class_names) if is_balanced(parts.loss) else None,
+        "class weights": next((term.told(data.class_names) for term in balanced(parts.loss)), None),
         "prompts": f"a box in {parts.prompts.box:.0%} of the steps, none in the others"
         if parts.prompts.box
         else None,

@@ -116,7 +116,7 @@ def make_parts(config_name: str, config: Any) -> Parts:
     check_trainer(config.trainer)
     check_folder(config)
     check_precision("trainer.precision", str(config.trainer["precision"]))
-    check_frozen_dtype(config.model, str(config.trainer["precision"]))
+    check_frozen_dtype(config.model, "trainer.precision", str(config.trainer["precision"]))
     outline = make_outline(backbone, method, head, data.num_classes)
     check_trained_dtype(outline, backbone.frozen_dtype, config.peft["_target_"])
     scores: Scores = make("metrics", config.metrics, class_names=data.class_names)
@@ -416,13 +416,13 @@ def has_fast_bf16() -> bool:
     return check is None or bool(check())
 
 
-def check_frozen_dtype(model: Config, precision: str) -> None:
-    """Refuse half-precision frozen weights in single-precision training; raises ValueError."""
+def check_frozen_dtype(model: Config, key: str, precision: str) -> None:
+    """Refuse frozen weights in half precision where products are in single precision; raises ValueError."""
     held = model.get("frozen_dtype", "float32")
     if held != "float32" and not is_half(precision):
         raise ValueError(
-            f"model.frozen_dtype={held} does not go with trainer.precision={precision}, which multiplies in "
-            "single precision; set trainer.precision=bf16-mixed"
+            f"model.frozen_dtype={held} does not go with {key}={precision}, which multiplies in single "
+            f"precision; set {key}=bf16-mixed"
         )
 
 

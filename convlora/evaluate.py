@@ -2,18 +2,19 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
+from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from convlora import adapter, run
 from convlora.adapter import Adapter
 from convlora.build import (
     check_classes,
+    check_frozen_dtype,
     check_precision,
     make_loss,
     make_segmenter,
@@ -21,14 +22,14 @@ from convlora.build import (
     make_trainer,
 )
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
-from convlora.cleaning import choose_cleaning
+from convlora.cleaning import Cleaning, choose_cleaning
 from convlora.cli import command, refuse_idle
 from convlora.data.images import allow_large_images, image_size
 from convlora.data.module import SegmentationDataModule
 from convlora.data.transforms import LongestSideResize, NativeSize, Resize
 from convlora.heads import SamsOwn
 from convlora.inference import Predictor, TiledSegmenter
-from convlora.losses import is_balanced, takes_outputs
+from convlora.losses import balanced, takes_outputs
 from convlora.metrics.thresholds import LEVELS, best_threshold, overlap_by_level
 from convlora.peft.selective import DecoderOnly
 from convlora.routing import Routing
@@ -103,10 +104,10 @@ def evaluate(config: EvaluateConfig) -> None:
         check_tile(config.tile, ((image, image_size(image, trained.bands)) for image in images))
     check_classes(name, list(trained.class_colors), data)
     loss = make_loss(config.loss, trained.segmenter)
-    if is_balanced(loss):
+    if balanced(loss):
         raise ValueError(
-            "loss.class_weights=balanced follows from training images; give the numbers that the training "
-            "told, as loss.class_weights=[1,2.5], or leave it out"
+            "class_weights=balanced of the loss follows from training images; give the numbers that the "
+            "training told, as loss.class_weights=[1,2.5], or leave it out"
         )
     if tiling is not None and takes_outputs(loss):
         raise ValueError(
@@ -130,8 +131,11 @@ def evaluate(config: EvaluateConfig) -> None:
         trained.metadata,
         {},
     )
-    tuned = tune(config, task, data, trainer.is_global_zero) if config.threshold == "tune" else None
-    given = (config.threshold if tuned is None else tuned, config.smallest, config.fill_holes)
+    threshold = config.threshold
+    if threshold == "tune":
+        threshold = Cleaning().threshold  # until it is tuned
+        trainer.callbacks.append(make_tuning(config, task, data))  # type: ignore[attr-defined]
+    given = (threshold, config.smallest, config.fill_holes)
     task.cleaning = choose_cleaning(*given, trained.metadata, list(trained.class_colors), name)
     if trainer.is_global_zero:
         run.make_folder("output", output)
@@ -171,6 +175,8 @@ def read(config: EvaluateConfig) -> Adapter:
     """Return the adapter that is scored; says where its training knew no prompts though it is given some."""
     assert config.checkpoint is not None
     refuse_idle("model", "resize")
+    if config.threshold == "tune":
+        adapter.check_own(config.checkpoint)
     trained = adapter.read(config.checkpoint, config.model["weights"], config.precision)
     if config.protocol == "box":
         adapter.say_prompts(config.checkpoint, trained.metadata)
@@ -181,7 +187,7 @@ def untrained(config: EvaluateConfig) -> Adapter:
     """Return SAM as it is: its own mask, that of the token for prompts that leave no doubt.
 
     Raises:
-        ValueError: no model is named.
+        ValueError: no model is named, or it does not go with the precision.
     """
     if "_target_" not in config.model:
         raise ValueError("checkpoint=RUN must be given, or model=sam_vit_b to score SAM as it is")
@@ -190,28 +196,61 @@ def untrained(config: EvaluateConfig) -> Adapter:
     resize: Resize = LongestSideResize(size) if config.resize is None else make("resize", config.resize)
     if backbone.is_random:
         log.warning(f"{backbone.name} has random weights, so its scores mean nothing")
-    segmenter, identity = make_segmenter(backbone, DecoderOnly(), SamsOwn(), 1)
     precision = config.precision or "32-true"
     check_precision("precision", precision)
+    check_frozen_dtype(config.model, "precision", precision)
+    segmenter, identity = make_segmenter(backbone, DecoderOnly(), SamsOwn(), 1)
     colors = {"foreground": [255, 255, 255]}
     metadata = adapter.describe({}, colors, identity, precision)
     return Adapter(segmenter.eval(), resize, colors, precision, metadata, None)
 
 
-def tune(config: EvaluateConfig, task: SegmentationTask, data: SegmentationDataModule, keep: bool) -> float:
-    """Return the threshold at which the validation images have the greatest mean Dice, and keep it.
+class Tuning(Callback):
+    """Finds, before the first test, the threshold at which validation images have the greatest mean score.
 
-    Where the primary score is an IoU or Jaccard index, that is made greatest instead. `smallest` and
-    `fill_holes` play no part in it.
+    It is kept in the adapter's file and taken for the tests. `smallest` and `fill_holes` play no part in it.
+    Each device looks at its share of the images.
 
     Args:
-        config: of the command.
-        task: whose primary score it is.
-        data: that has validation images.
-        keep: whether to write it into the adapter's file.
+        checkpoint: the adapter.
+        data: has validation images.
+        score: `dice` or `iou`, a mean over images.
+    """
+
+    def __init__(self, checkpoint: str, data: SegmentationDataModule, score: str):
+        self.checkpoint = checkpoint
+        self.data = data
+        self.score = score
+        self.is_done = False
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the validation images; raises OSError where one is missing or the file is not writable."""
+        if self.is_done:
+            return
+        assert isinstance(pl_module, SegmentationTask)
+        resize, context = self.data.loading.resize, trainer.precision_plugin.forward_context
+        predictor = Predictor(pl_module.segmenter, resize, {}, context)
+        total = torch.zeros(len(LEVELS), dtype=torch.float64)
+        for pair in self.data.listed("val")[trainer.global_rank :: trainer.world_size]:
+            image, mask = self.data.read(pair)
+            prob = pl_module.found(image, mask, predictor).prob
+            total += torch.from_numpy(overlap_by_level(prob, mask == 1)[self.score])
+        if trainer.world_size > 1:
+            total = trainer.strategy.reduce(total.to(pl_module.device), reduce_op="sum").cpu()
+        threshold, self.is_done = best_threshold(total.numpy()), True
+        pl_module.cleaning = replace(pl_module.cleaning, threshold=threshold)
+        if trainer.is_global_zero:
+            found_by = f"{self.score} of {self.data.name}'s validation images"
+            adapter.keep_threshold(self.checkpoint, threshold, found_by)
+
+
+def make_tuning(config: EvaluateConfig, task: SegmentationTask, data: SegmentationDataModule) -> Tuning:
+    """Return what tunes the threshold by the mean Dice of images.
+
+    Where the primary score is an IoU or Jaccard index, even a pooled one, it is the mean IoU of images.
 
     Raises:
-        OSError: the file cannot be written, or images are missing.
+        FileNotFoundError: validation images are missing.
         ValueError: there are several classes, no adapter, or prompts.
     """
     if config.checkpoint is None or config.protocol != "automatic" or data.num_classes > 1:
@@ -219,22 +258,10 @@ def tune(config: EvaluateConfig, task: SegmentationTask, data: SegmentationDataM
             "threshold=tune is for an adapter of a foreground alone, without prompts, and keeps it in "
             "the file; set a number, as threshold=0.5"
         )
-    primary = task.scores_of("test").primary
-    score = "iou" if "iou" in primary or "jaccard" in primary else "dice"
     data.setup("validate")
-    predictor: Predictor = adapter.load(config.checkpoint, config.model["weights"], config.precision)
-    data.use_bands(predictor.bands, "val")
-    if config.tiles:
-        predictor = predictor.tiled(config.tile, config.overlap, config.loading["batch_size"])
-    total = np.zeros(len(LEVELS))
-    for pair in data.listed("val"):
-        image, mask = data.read(pair)
-        [found] = predictor.segment([predictor.prepare(image)], [image.shape[:2]])
-        total += overlap_by_level(found.prob, mask == 1)[score]
-    threshold = best_threshold(total)
-    if keep:
-        adapter.keep_threshold(config.checkpoint, threshold, f"{score} of {data.name}'s validation images")
-    return threshold
+    data.use_bands(data.bands, "val")
+    primary = task.scores_of("test").primary
+    return Tuning(config.checkpoint, data, "iou" if "iou" in primary or "jaccard" in primary else "dice")
 
 
 def keep_for_reports(

@@ -48,7 +48,7 @@ class MaskDecoder(nn.Module, ABC):
 
 
 class Head(Protocol):
-    """A recipe that makes a prompt-free mask decoder of SAM's."""
+    """A recipe that makes a mask decoder of SAM's which needs no prompts, but may be given some."""
 
     def build(self, decoder: SamMaskDecoder, num_classes: int) -> MaskDecoder:
         """Take the decoder's parts over; one class is a foreground, several exclude each other."""
@@ -56,10 +56,11 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class PerClass:
-    """A mask for each class."""
+    """A mask for each class, which all start from SAM's token 0, the one for unambiguous prompts."""
 
     def build(self, decoder: SamMaskDecoder, num_classes: int) -> "PerClassDecoder":
-        return PerClassDecoder(decoder, num_classes)
+        tokens = first_token(decoder).repeat(num_classes, 1)
+        return PerClassDecoder(decoder, embedding(tokens), first_mlps(decoder, num_classes))
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,18 @@ class TokenDecoder(MaskDecoder):
     """SAM's decoder with mask tokens and hypernetwork MLPs of another number, without its IoU head.
 
     Args:
-        decoder: SAM's decoder; its parts are taken over.
-        tokens: what the mask tokens start from [tokens, c].
-        num_mlps: hypernetwork MLPs, which all start from SAM's first one.
+        decoder: SAM's decoder; its other parts are taken over.
+        tokens: the mask tokens.
+        mlps: the hypernetwork MLPs.
     """
 
-    def __init__(self, decoder: SamMaskDecoder, tokens: Tensor, num_mlps: int):
+    def __init__(self, decoder: SamMaskDecoder, tokens: nn.Embedding, mlps: nn.ModuleList):
         super().__init__()
         self.transformer = decoder.transformer
         self.iou_token = decoder.iou_token  # takes part in the attention between tokens
-        self.mask_tokens = nn.Embedding(len(tokens), tokens.shape[1], _weight=tokens)
+        self.mask_tokens = tokens
         self.output_upscaling = decoder.output_upscaling
-        mlp = decoder.output_hypernetworks_mlps[0]
-        self.output_hypernetworks_mlps = nn.ModuleList(deepcopy(mlp) for _ in range(num_mlps))
+        self.output_hypernetworks_mlps = mlps
 
     def attend(
         self, embeddings: Tensor, position_encoding: Tensor, dense_prompt: Tensor, prompts: Tensor | None
@@ -131,17 +131,7 @@ class TokenDecoder(MaskDecoder):
 
 
 class PerClassDecoder(TokenDecoder):
-    """One mask token with its hypernetwork MLP per mask; the outputs are the logits.
-
-    Every mask starts from SAM's token 0, the one for unambiguous prompts.
-
-    Args:
-        decoder: SAM's decoder; its parts are taken over.
-        num_masks: masks to predict.
-    """
-
-    def __init__(self, decoder: SamMaskDecoder, num_masks: int):
-        super().__init__(decoder, first_token(decoder).repeat(num_masks, 1), num_masks)
+    """One mask token with its hypernetwork MLP per mask; the outputs are the logits."""
 
     def outputs(
         self,
@@ -165,7 +155,7 @@ class QueryDecoder(TokenDecoder):
     """Mask tokens that share a hypernetwork MLP, and a linear layer that tells the class of each, or none.
 
     Args:
-        decoder: SAM's decoder; its parts are taken over.
+        decoder: SAM's decoder; its other parts are taken over.
         num_queries: masks to predict.
         num_classes: of which each mask is one, or none.
         spread: of the tokens around SAM's token 0, in units of its standard deviation.
@@ -173,7 +163,8 @@ class QueryDecoder(TokenDecoder):
 
     def __init__(self, decoder: SamMaskDecoder, num_queries: int, num_classes: int, spread: float):
         tokens = first_token(decoder).repeat(num_queries, 1)
-        super().__init__(decoder, tokens + spread * tokens.std() * torch.randn_like(tokens), 1)
+        tokens = tokens + spread * tokens.std() * torch.randn_like(tokens)
+        super().__init__(decoder, embedding(tokens), first_mlps(decoder, 1))
         self.output_classifier = nn.Linear(tokens.shape[1], num_classes + 1)
 
     def outputs(
@@ -214,6 +205,16 @@ def first_token(decoder: SamMaskDecoder) -> Tensor:
     return tokens
 
 
+def first_mlps(decoder: SamMaskDecoder, count: int) -> nn.ModuleList:
+    """Return copies of the hypernetwork MLP of that token."""
+    return nn.ModuleList(deepcopy(decoder.output_hypernetworks_mlps[0]) for _ in range(count))
+
+
+def embedding(tokens: Tensor) -> nn.Embedding:
+    """Return tokens [t, c] to be learnt."""
+    return nn.Embedding(len(tokens), tokens.shape[1], _weight=tokens)
+
+
 @dataclass(frozen=True)
 class SamsOwn:
     """SAM's decoder as it is, all of its mask tokens included: they attend to one another."""
@@ -231,13 +232,11 @@ class SamsOwnDecoder(PerClassDecoder):
     """Gives the mask of SAM's token 0, the one for unambiguous prompts; there to be scored, not trained.
 
     Args:
-        decoder: SAM's decoder; its parts are taken over.
+        decoder: SAM's decoder; all its parts but the IoU head are taken over.
     """
 
     def __init__(self, decoder: SamMaskDecoder):
-        super().__init__(decoder, num_masks=1)
-        self.mask_tokens = decoder.mask_tokens
-        self.output_hypernetworks_mlps = decoder.output_hypernetworks_mlps
+        super().__init__(decoder, decoder.mask_tokens, decoder.output_hypernetworks_mlps)
 
     def outputs(
         self,

@@ -7,7 +7,7 @@ outputs instead.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -179,9 +179,10 @@ class CrossEntropyDiceLoss(ClassWeighted):
         return (weighted_mean(cross_entropy, weight) + dice).mean()
 
 
-def is_balanced(loss: nn.Module) -> TypeGuard[ClassWeighted]:
-    """Return whether the weights of classes follow from the training masks, by `balance`."""
-    return isinstance(loss, ClassWeighted) and isinstance(loss.class_weights, str)
+def balanced(loss: nn.Module) -> list[ClassWeighted]:
+    """Return the parts of a loss whose weights of classes follow from the training masks, by `balance`."""
+    parts = (each for each in loss.modules() if isinstance(each, ClassWeighted))
+    return [each for each in parts if isinstance(each.class_weights, str)]
 
 
 def takes_outputs(loss: nn.Module) -> bool:
@@ -245,8 +246,11 @@ class Weighted(nn.Module):
     """A sum of losses, each with its weight.
 
     Args:
-        terms: the losses by name.
+        terms: the losses by name, all of logits or all of the head's outputs.
         weights: by the same names, at least 0.
+
+    Raises:
+        ValueError: a term has no weight or an impossible one, or terms are of different kinds.
     """
 
     def __init__(self, terms: Mapping[str, nn.Module], weights: Mapping[str, float]):
@@ -258,11 +262,20 @@ class Weighted(nn.Module):
             )
         if not any(weights.values()):
             raise ValueError("loss.weights are all 0, so nothing would be trained; give one above 0")
-        wrong = [f"loss.weights.{name}={weight}" for name, weight in weights.items() if not weight >= 0]
+        wrong = [
+            f"loss.weights.{name}={weight}" for name, weight in weights.items() if not 0 <= weight < math.inf
+        ]
         if wrong:
-            raise ValueError(f"{wrong[0]} must be at least 0; 0 leaves the term out")
+            raise ValueError(f"{wrong[0]} must be a number of at least 0; 0 leaves the term out")
+        of_outputs = [name for name, term in terms.items() if takes_outputs(term)]
+        if 0 < len(of_outputs) < len(terms):
+            of_logits = ", ".join(name for name in terms if name not in of_outputs)
+            raise ValueError(
+                f"loss.terms are of the head's outputs ({', '.join(of_outputs)}) and of logits "
+                f"({of_logits}), which do not add up; leave out those of one kind"
+            )
         self.terms = nn.ModuleDict(terms)
-        self.takes_outputs = any(map(takes_outputs, terms.values()))
+        self.takes_outputs = bool(of_outputs)
         self.weights = dict(weights)
 
     def forward(self, outputs: Any, masks: Tensor) -> Tensor:

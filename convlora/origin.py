@@ -9,7 +9,6 @@ from torch import Tensor
 
 from convlora import adapter
 from convlora.build import Parts
-from convlora.fetch import hash_file
 from convlora.sam.checkpoints import mismatches
 from convlora.segmenter import Segmenter
 from convlora.task import check_agreement
@@ -18,6 +17,7 @@ from convlora.task import check_agreement
 CLASS_FREE = ("transformer", "iou_token", "output_upscaling")
 # Of a backbone, what leaves the weights as they are, or is checked by their hash
 OPEN = ("weights", "url", "image_size", "frozen_dtype", "activation_checkpointing")
+SIZED = ("image_size",)  # of these, what the shapes of an encoder that is trained itself follow from
 WITHOUT = "or train without init"
 
 
@@ -27,7 +27,7 @@ class Origin:
 
     Attributes:
         path: of the file.
-        sha256: of the file.
+        sha256: of tensors and metadata, the adapter's `identity`.
         metadata: of the file.
         taken: tensors that the training starts from, by name.
         told: the same in words, with what starts anew.
@@ -58,7 +58,8 @@ def read_origin(init: str, parts: Parts) -> Origin:
     """Read the adapter that a training starts from, and find out what the training can take of it.
 
     All that is trained in the encoder has to fit. Of the mask decoder it is what has the same name and shape
-    and, where classes differ, belongs to none. A single class is the foreground, whatever its name.
+    and, where classes or the kind of head differ, belongs to no class. A single class is the foreground,
+    whatever its name.
 
     Args:
         init: a run's folder, or an adapter file.
@@ -74,23 +75,25 @@ def read_origin(init: str, parts: Parts) -> Origin:
     if _plain(channels) != _plain(wanted):
         shown = "null" if channels is None else f"[{','.join(map(str, channels))}]"
         raise ValueError(f"{given} was trained with loading.channels={shown}; set that, {WITHOUT}")
-    if others := [each for each in _compare("model", file.backbone, parts.backbone) if not _is_open(each)]:
+    of_backbone = _compare("model", file.backbone, parts.backbone)
+    if others := [each for each in of_backbone if not _is_among(each, OPEN)]:
         raise ValueError(f"{given} is of another backbone: {'; '.join(others)}; set what it was, {WITHOUT}")
     expected = parts.outline.trainable_state()
     in_encoder = [{n: t for n, t in s.items() if not _is_head(n)} for s in (file.state, expected)]
     others = _compare("peft", file.method, parts.method)
     if problems := mismatches(*in_encoder):
-        raise ValueError(
-            f"{given} is of another method, {problems}: {'; '.join(others)}; set what it was, {WITHOUT}"
-        )
+        others += [each for each in of_backbone if _is_among(each, SIZED)]
+        raise ValueError(f"{given} does not fit, {problems}: {'; '.join(others)}; set what it was, {WITHOUT}")
+    others += _compare("head", file.head, parts.head)
     before, now = list(file.class_colors), list(parts.data.class_names)
     same_classes = len(before) == len(now) == 1 or before == now
+    is_same = same_classes and type(file.head) is type(parts.head)
     taken = {
         name: tensor
         for name, tensor in file.state.items()
         if name in expected
         and tensor.shape == expected[name].shape
-        and (same_classes or not _is_head(name) or name.split(".")[1] in CLASS_FREE)
+        and (is_same or not _is_head(name) or name.split(".")[1] in CLASS_FREE)
     }
     told = [f"{len(taken)} of {len(expected)} trained tensors from {file.path}"]
     if anew := sorted({".".join(name.split(".")[:2]) for name in expected.keys() - taken.keys()}):
@@ -98,15 +101,15 @@ def read_origin(init: str, parts: Parts) -> Origin:
         told.append(f"{', '.join(anew)} start anew{why}")
     if others:
         told.append(f"differing: {'; '.join(others)}")
-    return Origin(file.path, hash_file(file.path), file.metadata, taken, "; ".join(told))
+    return Origin(file.path, file.identity, file.metadata, taken, "; ".join(told))
 
 
 def _is_head(name: str) -> bool:
     return name.startswith("mask_decoder.")
 
 
-def _is_open(difference: str) -> bool:
-    return difference.split()[0].removeprefix("model.") in OPEN
+def _is_among(difference: str, settings: Sequence[str]) -> bool:
+    return difference.split()[0].removeprefix("model.") in settings
 
 
 def _compare(name: str, was: Any, now: Any) -> list[str]:

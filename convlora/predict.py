@@ -68,13 +68,13 @@ def predict(config: PredictConfig) -> None:
     refuse_idle("model")
     if config.tiles:
         allow_large_images()
-    output, path = Path(config.output), adapter.find(config.checkpoint)
+    output = Path(config.output)
     wanted = {"probabilities": config.probabilities, "overlays": config.overlays, "routing": config.routing}
     kinds = ["", *(kind for kind, is_wanted in wanted.items() if is_wanted)]
     kinds += ["polygons"] * config.polygons
     file = adapter.open_file(config.checkpoint, config.model["weights"], config.precision)
     cleaning = cleaning_of(config, file.metadata, file.class_colors)
-    settings = identify(path, config, cleaning)
+    settings = identify(file, config, cleaning)
     items = [
         Item(image, name, is_scene(image, config.tiles), kinds, mark(settings, image))
         for image, name in find_images(Path(config.input), output).items()
@@ -171,12 +171,12 @@ def cleaning_of(config: PredictConfig, metadata: Mapping[str, str], class_names:
     return choose_cleaning(*given, metadata, list(class_names), config.checkpoint)
 
 
-def identify(path: Path, config: PredictConfig, cleaning: Cleaning) -> str:
+def identify(file: adapter.File, config: PredictConfig, cleaning: Cleaning) -> str:
     """Return what tells the masks of an adapter and of settings from those of others."""
     prompts = None if config.prompts_file is None else Path(config.prompts_file).read_text()
     settings: list[Any] = [config.precision, config.tiles, config.tile, config.overlap, prompts]
     settings += [] if cleaning.is_idle else [asdict(cleaning)]
-    content = hashlib.sha256(path.read_bytes()).hexdigest() + json.dumps(settings)
+    content = file.identity + json.dumps(settings)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

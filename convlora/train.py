@@ -31,7 +31,7 @@ from convlora.checkpoint import (
 )
 from convlora.cli import command, given_overrides
 from convlora.draw import colors_of
-from convlora.losses import is_balanced
+from convlora.losses import balanced
 from convlora.origin import Origin, read_origin
 from convlora.schema import Config, make
 from convlora.task import SegmentationTask
@@ -94,8 +94,10 @@ def train(config: TrainConfig) -> float | None:
     parts.data.use_bands(bands, "train", "val")
     for test in parts.tests:  # nor an image of another kind
         test.use_bands(bands, "test")
-    if is_balanced(parts.loss):
-        parts.loss.balance(parts.data.class_shares())
+    if terms := balanced(parts.loss):
+        shares = parts.data.class_shares()
+        for term in terms:
+            term.balance(shares)
     table = run.ScoreTable()
     callbacks: list[Callback] = [*parts.callbacks.values(), RunCheckpoint("last"), StayStopped()]
     callbacks += [table, Overlays(table), Vitals(), make_progress(config.trainer["enable_progress_bar"])]
@@ -167,8 +169,8 @@ def find_origin(config: TrainConfig, parts: Parts) -> Origin | None:
         began = run.read_record(Path(config.resume))["init_sha256"]
         if began != origin.sha256:
             raise ValueError(
-                f"{origin.path} has the SHA-256 {origin.sha256}, but the run in {config.resume} began with "
-                f"{began}; put that file back, or train anew in another run_dir"
+                f"{origin.path} is another adapter than the run in {config.resume} began with (init_sha256 "
+                f"{origin.sha256}, not {began}); put that file back, or train anew in another run_dir"
             )
     return origin
 
@@ -198,7 +200,7 @@ def fit_and_test(
         "devices": devices_of(trainer),
         "precision": precision,
         **({} if bands is None else {"bands": bands.to_json()}),
-        **({"class weights": parts.loss.told(data.class_names)} if is_balanced(parts.loss) else {}),
+        **({"class weights": terms[0].told(data.class_names)} if (terms := balanced(parts.loss)) else {}),
         **({} if config.init is None else {"init_sha256": settings["init_sha256"]}),
     }
     task = SegmentationTask(

@@ -1,6 +1,7 @@
 """conf/ as Hydra reads it."""
 
 import hydra
+import yaml
 from conftest import ROOT
 from omegaconf import DictConfig
 
@@ -10,6 +11,14 @@ import convlora.build  # noqa: F401  # brings what conf/ computes with
 def names(group: str) -> list[str]:
     """The files of a group."""
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def loss_of(head: str) -> str:
+    """The loss that conf/head/<head>.yaml chooses, else the one of several classes."""
+    defaults = yaml.safe_load((ROOT / f"conf/head/{head}.yaml").read_text()).get("defaults", [])
+    chosen = {key.partition("@")[0]: value for each in defaults for key, value in each.items()}
+    loss: str = chosen.get("override /loss", "cross_entropy_dice")
+    return loss
 
 
 def compose(name: str, *overrides: str, return_hydra_config: bool = False) -> DictConfig:

@@ -49,6 +49,26 @@ def test_adapter_restores_the_segmenter(path: Path) -> None:
     assert not loaded.segmenter.training
 
 
+def test_an_adapter_is_its_tensors_and_metadata_without_a_kept_threshold(path: Path) -> None:
+    def identity() -> str:
+        return adapter.open_file(path, None, None).identity
+
+    first = identity()
+    for threshold in (0.3, 0.5):
+        adapter.keep_threshold(path, threshold, "dice")
+        assert adapter.read(path).metadata["threshold"] == str(threshold)
+        assert identity() == first
+    rewrite(path, median_side="41")
+    assert identity() != first
+    rewrite(path, median_side="40")
+    assert identity() == first
+    state = load_file(path)
+    state[min(state)].view(-1)[0] += 1
+    with safe_open(path, "pt") as file:
+        save_file(state, path, metadata=file.metadata())
+    assert identity() != first
+
+
 def test_adapter_of_other_base_weights_is_refused(path: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     torch.save(make("model", MODEL).build().state_dict(), tmp_path / "other.pth")

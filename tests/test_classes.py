@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.metrics
-from composed import names
+from composed import loss_of, names
 from conftest import SMALL, Commands, train_in
 from dashboards import dashboards, missing, unshown, workspace
 from PIL import Image
@@ -29,7 +29,6 @@ CLASSES = (
 )
 MODEL = ("model=sam_tiny", *(option for option in SMALL if option.startswith(("model.", "optimizer."))))
 DATA = ("dataset=folder", "data_root=mine")
-LOSSES = {"per_class": "cross_entropy_dice", "query": "set"}
 PER_CLASS = "loss=cross_entropy_dice"
 
 
@@ -59,17 +58,23 @@ def mine(cli: Commands, place: Path) -> Path:
 
 @pytest.fixture(scope="module", params=names("head"))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, place: Path) -> Path:
-    options = ("loading.batch_size=2", "optimizer.lr=1e-2", "trainer.max_epochs=15", "logger=wandb")
+    options = (
+        "loading.batch_size=2",
+        "optimizer.lr=1e-2",
+        "trainer.max_epochs=15",
+        "logger=wandb",
+        "trainer.check_val_every_n_epoch=5",
+    )
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "mine").symlink_to(place / "mine")
-    own = (f"head={request.param}", f"loss={LOSSES[request.param]}")
+    own = (f"head={request.param}", f"loss={loss_of(request.param)}")
     return train_in(folder, *DATA, *CLASSES, *MODEL, *options, *own)
 
 
 @pytest.fixture
 def loss(request: pytest.FixtureRequest) -> str:
     """The loss of the training."""
-    return f"loss={LOSSES[request.node.callspec.params['trained']]}"
+    return f"loss={loss_of(request.node.callspec.params['trained'])}"
 
 
 @pytest.fixture
@@ -176,13 +181,19 @@ def test_balanced_weights_are_measured_told_and_kept(cli: Commands, mine: Path) 
     told = json.loads(Path("run/summary.json").read_text())["class weights"]
     assert {word.split()[0]: float(word.split()[1]) for word in told.split(", ")} == pytest.approx(expected)
     assert told in " ".join(done.out.split())
-    dry = cli(train, *job, "dry_run=true", "run_dir=dry")
+    weighted = (
+        *("loss=bce_dice_cldice", "loss.weights.bce_dice=0", "loss.weights.cldice=0", "+loss.weights.a=1"),
+        "+loss.terms.a._target_=convlora.losses.CrossEntropyDiceLoss",
+        "+loss.terms.a.class_weights=balanced",
+    )
+    dry = cli(train, *DATA, *CLASSES, *MODEL, *weighted, "dry_run=true", "run_dir=dry")
+    assert dry.code == 0, dry.err
     assert "the median share of the pixels over each class's own" in " ".join(dry.out.split())
     lone = cli(
         evaluate, "checkpoint=run", *DATA, *CLASSES, "loss=set", "loss.class_weights=balanced", "output=o"
     )
     assert lone.code == 1
-    assert "loss.class_weights=balanced follows from training images; give the numbers" in lone.err
+    assert "class_weights=balanced of the loss follows from training images; give the numbers" in lone.err
 
 
 @pytest.mark.parametrize(

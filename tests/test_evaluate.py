@@ -56,14 +56,18 @@ def test_means_are_those_of_the_image_table(cli: Commands, run: Path) -> None:
         assert f"{scores('out')[name]:.4f}" in done.out
 
 
-def test_two_ranks_score_an_odd_set_as_one_does(cli: Commands, run: Path, tmp_path: Path) -> None:
-    common = (f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET)
+def test_two_ranks_tune_and_score_odd_sets_as_one_does(cli: Commands, run: Path, tmp_path: Path) -> None:
+    odd = ("dataset.val_size=3", "threshold=tune")
+    common = (f"checkpoint={run}/adapter.safetensors", *TEST_SET, *odd, *QUIET)
     done = cli(evaluate, *common, "output=one")
     assert done.code == 0, done.err
     together(command, tmp_path, evaluate.__name__, *common, "output=two")
     assert scores("two")["images"] == 5
     assert scores("two") == pytest.approx(scores("one"), abs=1e-6)
     assert Path("two/images.csv").read_text() == Path("one/images.csv").read_text()
+    one, two = (json.loads(Path(name, "scores.json").read_text())["cleaning"] for name in ("one", "two"))
+    assert one == two
+    assert one["threshold"] != 0.5
 
 
 def test_written_masks_score_the_same_by_pysodmetrics(cli: Commands, run: Path, tmp_path: Path) -> None:
@@ -114,6 +118,13 @@ def test_dataset_must_be_named(cli: Commands, run: Path) -> None:
     done = cli(evaluate, f"checkpoint={run}/adapter.safetensors")
     assert done.code == 1
     assert "dataset" in done.err
+
+
+def test_sam_as_it_is_held_in_half_precision_is_not_multiplied_in_single(cli: Commands) -> None:
+    done = cli(evaluate, "model=sam_tiny", "model.frozen_dtype=bfloat16", *TEST_SET, *QUIET)
+    assert done.code == 1
+    assert "model.frozen_dtype=bfloat16 does not go with precision=32-true, which" in done.err
+    assert "; set precision=bf16-mixed" in done.err
 
 
 def test_several_test_sets_have_a_row_each(cli: Commands, run: Path) -> None:

@@ -1,9 +1,12 @@
+from functools import cache
+
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from composed import names
 from conftest import ROOT, golden
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -21,15 +24,14 @@ from convlora.losses import (
     SoftClDiceLoss,
     StructureLoss,
     Weighted,
-    is_balanced,
+    balanced,
     local_mean,
     soft_skeleton,
+    takes_outputs,
 )
 from convlora.metrics.roads import cldice
 from convlora.schema import make
-
-FILES = sorted(path.stem for path in (ROOT / "conf/loss").glob("*.yaml") if path.stem != "set")
-each_loss = pytest.mark.parametrize("name", FILES)
+from convlora.set_loss import SetLoss
 
 
 def build(name: str) -> nn.Module:
@@ -37,9 +39,23 @@ def build(name: str) -> nn.Module:
     return loss
 
 
+OF_LOGITS = [name for name in names("loss") if not takes_outputs(build(name))]
+each_loss = pytest.mark.parametrize("name", OF_LOGITS)
+
+
+@cache
+def is_of_several(name: str) -> bool:
+    """Whether a loss is for several classes and not for a foreground."""
+    try:
+        build(name)(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+    except ValueError:
+        return True
+    return False
+
+
 def sample(name: str, seed: int = 0, n: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    classes = 4 if name == "cross_entropy_dice" else 1
+    classes = 4 if is_of_several(name) else 1
     logits = torch.randn(n, classes, 40, 33, generator=generator)
     masks = torch.randint(
         0, max(2, classes - 1), (n, 1, 8, 11), generator=generator
@@ -49,7 +65,7 @@ def sample(name: str, seed: int = 0, n: int = 3) -> tuple[Tensor, Tensor]:
 
 def sure(name: str, masks: Tensor) -> Tensor:
     """Logits that say what the masks do."""
-    if name == "cross_entropy_dice":
+    if is_of_several(name):
         return 60 * F.one_hot(masks[:, 0].long(), 4).movedim(-1, 1).float()
     return 60 * (masks.float() - 0.5)
 
@@ -147,14 +163,15 @@ def mean_cross_entropy(logits: Tensor, masks: Tensor, weights: list[float]) -> T
 
 def test_balanced_weights_are_the_median_share_over_each_classs_own() -> None:
     loss, logits = CrossEntropyDiceLoss("balanced"), sample("cross_entropy_dice")
-    assert is_balanced(loss)
+    assert balanced(loss) == [loss]
     torch.testing.assert_close(loss(*logits), CrossEntropyDiceLoss()(*logits))  # until they are known
     loss.balance([0.5, 0.1, 0.0, 0.2])
     torch.testing.assert_close(loss.weights_of(4, torch.device("cpu")), torch.tensor([0.4, 2.0, 1.0, 1.0]))
     assert loss.told(["sky", "sea", "sand", "sun"]) == "sky 0.4, sea 2, sand 1, sun 1"
     torch.testing.assert_close(loss(*logits), CrossEntropyDiceLoss([0.4, 2.0, 1.0, 1.0])(*logits))
-    assert not is_balanced(CrossEntropyDiceLoss([1.0, 2.0]))
-    assert not is_balanced(BceDiceLoss())
+    other = CrossEntropyDiceLoss([1.0, 2.0])
+    assert balanced(other) == balanced(BceDiceLoss()) == []
+    assert balanced(Weighted({"a": other, "b": loss}, {"a": 1, "b": 1})) == [loss]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +215,8 @@ def test_ignored_pixels_count_for_nothing(name: str) -> None:
     other = logits.detach().clone()
     other[:, :, 30:] += 100
     torch.testing.assert_close(loss(other, masks), loss(logits, masks).detach())
-    if name != "structure" and "cldice" not in name:  # whose weights and skeletons look beyond
+    looks_beyond = (StructureLoss, SoftClDiceLoss)  # by weights and skeletons
+    if not any(isinstance(part, looks_beyond) for part in loss.modules()):
         cropped = loss(logits[:, :, :30], masks[:, :, :30])
         torch.testing.assert_close(loss(logits, masks), cropped)
 
@@ -229,10 +247,9 @@ def test_loss_is_computed_in_full_precision(name: str) -> None:
 
 @each_loss
 def test_wrong_number_of_classes_is_named_with_the_way_out(name: str) -> None:
-    logits, masks = sample("structure" if name == "cross_entropy_dice" else "cross_entropy_dice")
-    way_out = "structure" if name == "cross_entropy_dice" else "cross_entropy_dice"
-    with pytest.raises(ValueError, match=f"set loss={way_out}"):
-        build(name)(logits, masks)
+    other = "structure" if is_of_several(name) else "cross_entropy_dice"
+    with pytest.raises(ValueError, match=f"set loss={other}"):
+        build(name)(*sample(other))
 
 
 @pytest.mark.parametrize("boundary_weighted", [True, False])
@@ -353,13 +370,23 @@ def test_weighted_sums_its_terms_by_name() -> None:
     [
         ({}, r"loss\.weights has , but loss\.terms a; give each term its weight"),
         ({"a": 1, "b": 1}, r"loss\.weights has a, b, but loss\.terms a"),
-        ({"a": -1}, r"loss\.weights\.a=-1 must be at least 0"),
-        ({"a": float("nan")}, r"loss\.weights\.a=nan must be at least 0"),
+        ({"a": -1}, r"loss\.weights\.a=-1 must be a number of at least 0"),
+        ({"a": float("nan")}, r"loss\.weights\.a=nan must be a number of at least 0"),
+        ({"a": float("inf")}, r"loss\.weights\.a=inf must be a number of at least 0"),
     ],
 )
 def test_weights_that_fit_no_terms_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Weighted({"a": BceDiceLoss()}, weights)
+
+
+def test_terms_of_logits_and_of_the_heads_outputs_do_not_mix() -> None:
+    terms, weights = {"set": SetLoss(), "entropy": CrossEntropyDiceLoss()}, {"set": 1.0, "entropy": 1.0}
+    with pytest.raises(
+        ValueError, match=r"outputs \(set\) and of logits \(entropy\), .*; leave out those of"
+    ):
+        Weighted(terms, weights)
+    assert takes_outputs(Weighted({"set": SetLoss()}, {"set": 1}))
 
 
 def test_soft_skeleton_without_iterations_is_refused() -> None:

@@ -28,7 +28,8 @@ def draw_split(
 
     This is iterative stratification (Sechidis, Tsoumakas and Vlahavas, ECML PKDD 2011) over groups instead of
     single images. The rarest label that is left goes first, of its images the largest group, and each group
-    goes to the part that lacks most images of the label, then most of all. `seed` decides what is left open.
+    goes to the part that lacks most images of the label, then most of all. `seed` decides
+    between equals, parts and groups alike.
 
     Args:
         groups: group of each image [n], 0, 1, 2, ...; those of one group stay together.
@@ -49,7 +50,8 @@ def draw_split(
     columns = np.column_stack([labels, np.ones(len(groups), bool)])
     sizes = np.zeros((count, columns.shape[1]), np.int64)
     np.add.at(sizes, groups, columns)
-    order = np.random.default_rng(seed).permutation(count)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(count)
     lacking = np.outer(shares, sizes.sum(axis=0))
     part_of = np.full(count, -1)
     while (left := part_of < 0).any():
@@ -59,6 +61,8 @@ def draw_split(
         for group in sorted(chosen, key=lambda group: -sizes[group, rarest]):
             empty = [part for part in range(parts) if not (part_of == part).any()]
             open_parts = empty if int((part_of < 0).sum()) <= len(empty) else range(parts)
-            part_of[group] = max(open_parts, key=lambda part: (*lacking[part, [rarest, -1]],))
+            part_of[group] = max(
+                rng.permutation(open_parts), key=lambda part: (*lacking[part, [rarest, -1]],)
+            )
             lacking[part_of[group]] -= sizes[group]
     return part_of[groups]

@@ -58,6 +58,12 @@ def test_no_part_is_empty_as_long_as_there_are_groups_enough(count: int) -> None
     assert set(draw_split(large, np.ones((52, 1), bool), SHARES, 0)) == {0, 1, 2}
 
 
+def test_parts_that_lack_alike_are_drawn_between() -> None:
+    """Of three images for two halves, the odd one goes now to the one and now to the other."""
+    drawn = [draw_split(np.arange(3), np.ones((3, 1), bool), (0.5, 0.5), seed) for seed in range(20)]
+    assert {int(parts.sum()) for parts in drawn} == {1, 2}
+
+
 def facts(seed: int, classes: dict[int, int], bits: int = 0) -> Facts:
     """An image of its own by its seed; `bits` of its perceptual hash are turned."""
     rng = np.random.default_rng(seed)
