@@ -127,7 +127,7 @@ def with_prompts(
                 f"{name}=true is for whole images without prompts; leave out {name} or prompts_file"
             )
     check_one_class(class_names)
-    names = {item.path: f"{item.name.removesuffix(item.path.suffix)}{item.path.suffix}" for item in items}
+    names = {item.path: str(Path(item.name).with_name(item.path.name)) for item in items}
     told = by_image(prompts, names, Path(config.prompts_file or ""))
     return [
         replace(

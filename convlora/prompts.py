@@ -156,9 +156,9 @@ def draw_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
         masks: class ids [n, 1, s, s], uint8.
 
     Returns:
-        Its box [n, 4], shaken, and masks of it alone. Where there is no foreground the box is any, drawn in
-        the image: who prompts such an image does so beside an object, and that of the whole image, the same
-        each time, would be learnt as the sign of nothing.
+        Its box [n, 4], shaken, and masks of it alone. Where there is no foreground the box is drawn anywhere
+        in the image: nobody gives one of the whole input, padding included, and it would be learnt as the
+        sign that there is nothing to find.
     """
     side, boxes, targets = masks.shape[-1], [], []
     for mask in masks[:, 0].cpu().numpy():

@@ -468,7 +468,7 @@ def test_a_mark_knows_of_a_prompt_what_it_tells_and_of_none_nothing(run: Path, t
     settings = [None, None, None, 0.25]  # what marks told apart before there were prompts
     content = hashlib.sha256(path.read_bytes()).hexdigest() + json.dumps(settings)
     assert predict.identify(path, without, idle) == hashlib.sha256(content.encode()).hexdigest()
-    items = [Item(tmp_path / "a.png", "a", False, [""], "mark")]
+    items = [Item(tmp_path / f"{name}.png", name, False, [""], "mark") for name in ("a", "a.png")]
     one, other, same = predict.with_prompts(
         with_file, items, {"a.png": [Prompt((0, 0, 1, 1)), Prompt((0, 0, 1, 2)), Prompt((0, 0, 1, 1))]}, ["o"]
     )
