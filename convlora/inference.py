@@ -1,7 +1,7 @@
 """Images of any size to predictions."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from convlora.data.bands import Bands
 from convlora.data.images import allow_large_images, read_image, to_rgb
 from convlora.data.samples import to_tensor
 from convlora.data.transforms import NativeSize, Resize, eval_transform
-from convlora.prompts import Prompt, box_to_input, to_input
+from convlora.prompts import Prompt, box_to_input, check_one_class, to_input
 from convlora.segmenter import Segmenter, restore_size, to_prediction
 from convlora.tiles import Grid, Tiling, choose_tiling
 
@@ -160,31 +160,26 @@ class Predictor:
 
         Args:
             image: as of `predict`.
-            prompts: a box, or points, in pixels of the image, for each object.
+            prompts: a box, or points, in pixels of the image as it is seen upright, for each object.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: what `predict` raises, a prompt lies outside the image, or there are several classes.
         """
-        if len(self.class_colors) > 1:
-            raise ValueError(
-                f"prompts tell one object from the rest, the adapter {len(self.class_colors)} classes apart "
-                f"({', '.join(self.class_colors)}); leave the prompts out"
-            )
-        pixels = self.read(image)
+        check_one_class(self.class_colors)
+        segmenter, pixels = self._whole, self.read(image)
         size = pixels.shape[0], pixels.shape[1]
         name = str(image) if isinstance(image, str | Path) else "the image"
-        content = self.resize.content(*size)
+        content, device = self.resize.content(*size), segmenter.dense_prompt.device
         for each in prompts:
             each.check(*size, name)
-        device = self.segmenter.dense_prompt.device
-        tokens = [embed(self._whole, each, size, content, device) for each in prompts]
-        return [
-            to_found(logits, self.cleaning) for logits in self.objects(self.prepare(pixels), size, tokens)
-        ]
+        with self._computing():
+            tokens = [embed(segmenter, each, size, content, device) for each in prompts]
+            [objects] = segmenter.prompted(self.prepare(pixels)[None].to(device), [tokens])
+            return [to_found(restore_size(each, content, size), self.cleaning) for each in objects]
 
-    def objects(self, pixels: Tensor, size: tuple[int, int], prompts: Sequence[Tensor]) -> Tensor:
-        """Return the logits [k, 1, h, w] of the objects of one image at its own size.
+    def united(self, pixels: Tensor, size: tuple[int, int], prompts: Sequence[Tensor]) -> Found:
+        """Return what is found of all objects of one image together.
 
         Args:
             pixels: what `prepare` made of it.
@@ -192,12 +187,9 @@ class Predictor:
             prompts: tokens of each object, as `Segmenter.embed` gives them.
         """
         segmenter = self._whole
-        training = segmenter.training
-        segmenter.eval()
-        with torch.inference_mode(), self.context():
-            [logits] = segmenter.prompted(pixels[None].to(segmenter.dense_prompt.device), [prompts])
-        segmenter.train(training)
-        return torch.stack([restore_size(each, self.resize.content(*size), size) for each in logits])
+        with self._computing():
+            [logits] = segmenter.united(pixels[None].to(segmenter.dense_prompt.device), [prompts])
+            return to_found(restore_size(logits, self.resize.content(*size), size), self.cleaning)
 
     @property
     def _whole(self) -> Segmenter:
@@ -221,18 +213,26 @@ class Predictor:
         """Return the logits [c, h, w] of each image of a batch at its own size; arguments as of `segment`."""
         if not inputs:
             return []
-        training, device = self.segmenter.training, self.segmenter.dense_prompt.device
-        images = torch.stack(list(inputs))
+        device, images = self.segmenter.dense_prompt.device, torch.stack(list(inputs))
         if device.type == "cuda":
             images = images.pin_memory()
-        self.segmenter.eval()
-        with torch.inference_mode(), self.context():
+        with self._computing():
             logits = self.segmenter(images.to(device, non_blocking=True))
-        self.segmenter.train(training)
         return [
             restore_size(logit, self.resize.content(*size), size)
             for logit, size in zip(logits, sizes, strict=True)
         ]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Have the segmenter compute in its precision, without gradients, and leave its mode as it was."""
+        training = self.segmenter.training
+        self.segmenter.eval()
+        try:
+            with torch.inference_mode(), self.context():
+                yield
+        finally:
+            self.segmenter.train(training)
 
 
 def as_input(transform: A.Compose, pixels: Pixels) -> Tensor:

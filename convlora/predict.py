@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from convlora.cli import command, plain, refuse_idle
 from convlora.data.images import allow_large_images, image_size
 from convlora.geotiff import check_place, is_scene, scene_size
 from convlora.photos import check_routing, predict_photos, predict_prompted
-from convlora.prompts import by_image, read_prompts
+from convlora.prompts import Prompt, by_image, check_one_class, read_prompts
 from convlora.scenes import predict_scene
 from convlora.schema import Config
 from convlora.tiles import check_tile, choose_tiling
-from convlora.writing import Item, Job, check_targets, find_images, left_to_do, remove_stale
+from convlora.writing import PROMPTED, Item, Job, check_targets, find_images, left_to_do, remove_stale
 
 FORMAT = 1  # of what is written; changes when the same image and settings would give other files
 
@@ -74,13 +75,14 @@ def predict(config: PredictConfig) -> None:
     kinds += ["polygons"] * config.polygons
     file = adapter.open_file(config.checkpoint, config.model["weights"], config.precision)
     cleaning = cleaning_of(config, file.metadata, file.class_colors)
+    prompts = None if config.prompts_file is None else read_prompts(Path(config.prompts_file))
     settings = identify(file, config, cleaning)
     items = [
         Item(image, name, is_scene(image, config.tiles), kinds, mark(settings, image))
         for image, name in find_images(Path(config.input), output).items()
     ]
-    if config.prompts_file is not None:
-        items = with_prompts(config, items)
+    if prompts is not None:
+        items = with_prompts(config, items, prompts, file.class_colors)
     check_items(config, items)
     check_targets(items, output)
     todo = left_to_do(items, output, config.overwrite)
@@ -101,25 +103,42 @@ def predict(config: PredictConfig) -> None:
         raise SystemExit(1)
 
 
-def with_prompts(config: PredictConfig, items: Sequence[Item]) -> list[Item]:
+def with_prompts(
+    config: PredictConfig,
+    items: Sequence[Item],
+    prompts: Mapping[str, Sequence[Prompt]],
+    class_names: Collection[str],
+) -> list[Item]:
     """Return an item for each prompt, called NAME_1 and so on; images without prompts are left out.
 
+    Args:
+        config: of the command.
+        items: the images.
+        prompts: what their file says.
+        class_names: that the adapter tells apart.
+
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be understood, names no image, or another setting does not go with it.
+        ValueError: a name is that of no image, there are several classes, or another setting does not go
+            with prompts.
     """
     for name in ("tiles", "routing", "polygons"):
         if getattr(config, name):
             raise ValueError(
                 f"{name}=true is for whole images without prompts; leave out {name} or prompts_file"
             )
-    source = Path(config.prompts_file or "")
-    names = {item.path: f"{item.name.removesuffix(item.path.suffix)}{item.path.suffix}" for item in items}
-    prompts = by_image(read_prompts(source), names, source)
+    check_one_class(class_names)
+    names = {item.path: str(Path(item.name).with_name(item.path.name)) for item in items}
+    told = by_image(prompts, names, Path(config.prompts_file or ""))
     return [
-        replace(item, name=f"{item.name}_{number}", is_scene=False, prompt=prompt)
+        replace(
+            item,
+            name=f"{item.name}_{number}",
+            is_scene=False,
+            made_by=mark_prompted(item.made_by, prompt),
+            prompt=prompt,
+        )
         for item in items
-        for number, prompt in enumerate(prompts.get(item.path, ()), start=1)
+        for number, prompt in enumerate(told.get(item.path, ()), start=1)
     ]
 
 
@@ -173,8 +192,7 @@ def cleaning_of(config: PredictConfig, metadata: Mapping[str, str], class_names:
 
 def identify(file: adapter.File, config: PredictConfig, cleaning: Cleaning) -> str:
     """Return what tells the masks of an adapter and of settings from those of others."""
-    prompts = None if config.prompts_file is None else Path(config.prompts_file).read_text()
-    settings: list[Any] = [config.precision, config.tiles, config.tile, config.overlap, prompts]
+    settings: list[Any] = [config.precision, config.tiles, config.tile, config.overlap]
     settings += [] if cleaning.is_idle else [asdict(cleaning)]
     content = file.identity + json.dumps(settings)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -187,9 +205,23 @@ def mark(settings: str, image: Path) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def mark_prompted(made_by: str, prompt: Prompt) -> str:
+    """Return what tells the files of one prompt from those of others; `made_by` marks the image's own."""
+    content = f"{made_by} {json.dumps(asdict(prompt))}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16] + PROMPTED
+
+
+def deal(items: Sequence[Item], count: int) -> list[list[Item]]:
+    """Share items out; those of one image, which are in a row, stay together, since it is encoded once."""
+    images = [list(few) for _, few in groupby(items, key=lambda item: item.path)]
+    dealt = (chain.from_iterable(images[rank::count]) for rank in range(count))
+    return [share for each in dealt if (share := list(each))]
+
+
 def in_processes(config: PredictConfig, items: Sequence[Item]) -> list[str]:
     """Predict on one or several devices, each by a process of its own; returns what could not be read."""
-    count = min(config.devices, len(items))
+    dealt = deal(items, config.devices)
+    count = len(dealt)
     if count == 1:
         return predict_share(config, items)
     there = torch.cuda.device_count()
@@ -199,7 +231,7 @@ def in_processes(config: PredictConfig, items: Sequence[Item]) -> list[str]:
         raise ValueError(f"devices={config.devices}, but this machine has {there} GPUs; {way_out}")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _begin, (count if kind == "cpu" else 1,)) as pool:
-        shares = [pool.submit(predict_share, config, items[rank::count], rank, kind) for rank in range(count)]
+        shares = [pool.submit(predict_share, config, share, rank, kind) for rank, share in enumerate(dealt)]
         try:
             return [failure for share in shares for failure in share.result()]
         except BrokenProcessPool as error:

@@ -1,10 +1,14 @@
 """Boxes and points that say which object of an image is meant, as segment-anything takes them.
 
-A box is (x, y) of its first and of its last pixel, a point that of its pixel; pixels are counted from 0.
+A box is (x, y) of its first and of its last pixel, a point that of its pixel; pixels are counted from 0, in
+the image as it is seen upright (EXIF). They go to the network's input as the resize takes pixels there, by
+their centres. segment-anything's `apply_coords` multiplies by the scale alone, so that a prompt lies
+(1 - scale) / 2 px of the input further right and down there.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from convlora import IGNORED
 
 SHAKE = 0.1  # deviation of a trained box's corners, as a share of its side,
 FURTHEST = 20 / 1024  # and at most as a share of the image's; as SAM was trained (appendix A)
@@ -47,32 +53,46 @@ class Prompt:
         box: x and y of two corners, px; None where there are points alone.
         points: x and y of each, px.
         labels: 1 of a point in the object, 0 of one beside it.
+
+    Raises:
+        ValueError: it tells nothing, labels do not go with the points, or the box ends before it begins.
     """
 
     box: tuple[float, float, float, float] | None = None
     points: tuple[tuple[float, float], ...] = ()
     labels: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.box is None and not self.points:
+            raise ValueError("a prompt needs a box or points")
+        if len(self.points) != len(self.labels) or any(label not in (0, 1) for label in self.labels):
+            raise ValueError(
+                f"{len(self.points)} points have the labels {list(self.labels)}, but each has one, 1 in the "
+                "object and 0 beside it"
+            )
+        if self.box is not None and (self.box[0] > self.box[2] or self.box[1] > self.box[3]):
+            raise ValueError(
+                f"the box {list(self.box)} ends before it begins; write [left, top, right, bottom]"
+            )
+
     def check(self, height: int, width: int, name: str) -> None:
         """Refuse a prompt that does not lie in an image; raises ValueError."""
-        if self.box is None and not self.points:
-            raise ValueError(f"{name}: a prompt needs a box or points")
-        if len(self.points) != len(self.labels) or set(self.labels) - {0, 1}:
-            raise ValueError(
-                f"{name}: {len(self.points)} points have the labels {list(self.labels)}, but each has one, 1 "
-                "in the object and 0 beside it"
-            )
         corners = [] if self.box is None else [self.box[:2], self.box[2:]]
         for x, y in [*corners, *self.points]:
             if not (0 <= x < width and 0 <= y < height):
                 raise ValueError(
                     f"{name}: ({x:g}, {y:g}) lies outside the image of {width} x {height} pixels; prompts "
-                    "are x and y in pixels of the file, from 0"
+                    "are x and y in pixels of the image as it is seen upright, from 0"
                 )
-        if self.box is not None and not (self.box[0] <= self.box[2] and self.box[1] <= self.box[3]):
-            raise ValueError(
-                f"{name}: the box {list(self.box)} ends before it begins; write [left, top, right, bottom]"
-            )
+
+
+def check_one_class(class_names: Collection[str]) -> None:
+    """Refuse prompts for what tells several classes apart; raises ValueError."""
+    if len(class_names) > 1:
+        raise ValueError(
+            f"prompts tell one object from the rest, the adapter {len(class_names)} classes apart "
+            f"({', '.join(class_names)}); leave the prompts out"
+        )
 
 
 def read_prompts(path: Path) -> dict[str, list[Prompt]]:
@@ -80,16 +100,33 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or of another form.
+        ValueError: it is no JSON or of another form, tells an image twice, or has a prompt that no image
+            could have.
     """
     example = '{"a.jpg": [{"box": [10, 20, 110, 90]}, {"points": [[50, 60]], "labels": [1]}]}'
     if not path.is_file():
         raise FileNotFoundError(f"prompts_file={path}: no such file; write {example}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        return {name: [_prompt(each) for each in prompts] for name, prompts in content.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        return {name: _prompts(name, prompts) for name, prompts in content.items()}
+    except (AttributeError, ValueError) as error:
         raise ValueError(f"prompts_file={path} cannot be understood ({error}); write {example}") from error
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"'{key}' is there twice, join the two")
+        content[key] = value
+    return content
+
+
+def _prompts(name: str, content: Sequence[Any]) -> list[Prompt]:
+    try:
+        return [_prompt(each) for each in content]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _prompt(content: Mapping[str, Any]) -> Prompt:
@@ -119,7 +156,9 @@ def draw_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
         masks: class ids [n, 1, s, s], uint8.
 
     Returns:
-        Its box [n, 4], shaken, and masks of it alone. Without a foreground the box is that of the image.
+        Its box [n, 4], shaken, and masks of it alone. Where there is no foreground the box is drawn anywhere
+        in the image: nobody gives one of the whole input, padding included, and it would be learnt as the
+        sign that there is nothing to find.
     """
     side, boxes, targets = masks.shape[-1], [], []
     for mask in masks[:, 0].cpu().numpy():
@@ -130,7 +169,10 @@ def draw_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
             target[(mask == 1) & (parts != chosen)] = 0
             [box] = component_boxes(target)
         else:
-            box = np.array([0, 0, side - 1, side - 1], np.float32)
+            seen = mask != IGNORED
+            places = np.argwhere(seen if seen.any() else ~seen)[:, ::-1]
+            corners = places[torch.randint(len(places), (2,)).numpy()].astype(np.float32)
+            box = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
         boxes.append(torch.from_numpy(box))
         targets.append(torch.from_numpy(target))
     return shake(torch.stack(boxes), side).to(masks.device), torch.stack(targets)[:, None].to(masks.device)
@@ -175,16 +217,27 @@ def by_image(
         source: the file of the prompts, for messages.
 
     Raises:
-        ValueError: a name is that of no image, or of several.
+        ValueError: a name is that of no image, or of several, or two are of one image.
     """
+    in_folder = {known: path for path, known in names.items()}
+    called: dict[str, list[Path]] = defaultdict(list)
+    for path, known in names.items():
+        called[Path(known).name].append(path)
     found: dict[Path, Sequence[Prompt]] = {}
+    told: dict[Path, str] = {}
     for name, wanted in prompts.items():
-        fitting = [path for path, known in names.items() if name in (known, Path(known).name)]
+        fitting = [in_folder[name]] if name in in_folder else called.get(name, [])
         if len(fitting) != 1:
             count = "no image" if not fitting else f"{len(fitting)} images"
             raise ValueError(
                 f"prompts_file={source}: {count} of the input {'is' if len(fitting) < 2 else 'are'} called "
                 f"{name}; write its path in the folder"
             )
-        found[fitting[0]] = wanted
+        [path] = fitting
+        if path in told:
+            raise ValueError(
+                f"prompts_file={source}: {told[path]} and {name} are one image; join their prompts under "
+                f"{names[path]}"
+            )
+        told[path], found[path] = name, wanted
     return found

@@ -1,6 +1,7 @@
 """The segmenter: what is trained, predicted with and exported. It needs no prompts, but may be given some."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ class Segmenter(nn.Module):
         prompts = None if boxes is None else self.embed(boxes[:, None])
         return self._decode(self.image_encoder(images), (images.shape[2], images.shape[3]), prompts)
 
-    def prompted(self, images: Tensor, prompts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def prompted(self, images: Tensor, prompts: Sequence[Sequence[Tensor]]) -> list[Iterator[Tensor]]:
         """Return the logits of each object that prompts tell; the image encoder sees each image once.
 
         Args:
@@ -67,15 +68,23 @@ class Segmenter(nn.Module):
             prompts: of each image, tokens [1, p, c] of each object, as `embed` gives them.
 
         Returns:
-            Logits of the objects [k, 1, s, s] of each image, in float32.
+            Of each image, the logits of its objects [1, s, s], in float32. Each is decoded when it is asked
+            for, so that memory does not grow with their number.
         """
         size = images.shape[2], images.shape[3]
         return [
-            torch.cat([self.logits(self._decode(embedding[None], size, tokens)) for tokens in objects])
-            if objects
-            else embedding.new_empty(0, 1, *size, dtype=torch.float32)
+            self._objects(embedding[None], size, objects)
             for embedding, objects in zip(self.image_encoder(images), prompts, strict=True)
         ]
+
+    def united(self, images: Tensor, prompts: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return the logits [n, 1, s, s] of all objects of each image together; arguments as of `prompted`.
+
+        They are the greatest of those of the objects, of none `NOTHING`.
+        """
+        nothing = images.new_full((1, *images.shape[2:]), NOTHING, dtype=torch.float32)
+        objects = self.prompted(images, prompts)
+        return torch.stack([reduce(torch.maximum, each, next(each, nothing)) for each in objects])
 
     def embed(
         self,
@@ -94,6 +103,12 @@ class Segmenter(nn.Module):
         with torch.autocast(self.dense_prompt.device.type, enabled=False):  # which would blur positions
             tokens: Tensor = self.prompt_encoder(points=pairs, boxes=boxes, masks=None)[0]
         return tokens
+
+    def _objects(
+        self, embedding: Tensor, size: tuple[int, int], prompts: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        for tokens in prompts:
+            yield self.logits(self._decode(embedding, size, tokens))[0]
 
     def _decode(self, embeddings: Tensor, size: tuple[int, int], prompts: Tensor | None) -> Any:
         position, dense = self.position_encoding, self.dense_prompt
@@ -153,11 +168,6 @@ class Segmenter(nn.Module):
                 f"the checkpoint's trained tensors do not fit: {problems}; it was made with another "
                 "backbone, method, rank or number of classes: use the settings it was trained with"
             )
-
-
-def unite(logits: Tensor) -> Tensor:
-    """Return the logits [1, s, s] of all objects together, whose own are [k, 1, s, s]; of none nothing."""
-    return logits.amax(dim=0) if len(logits) else logits.new_full(logits.shape[1:], NOTHING)
 
 
 def restore_size(logits: Tensor, content: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -15,12 +15,12 @@ from torchmetrics import MeanMetric
 
 from convlora.cleaning import Cleaning
 from convlora.data.module import Batch
-from convlora.inference import Found, Predictor, to_found
+from convlora.inference import Found, Predictor
 from convlora.losses import takes_outputs
 from convlora.metrics.scores import Scores
 from convlora.peft.method import aux_loss, learning_rates
 from convlora.prompts import Prompts, box_to_input, component_boxes, draw_boxes
-from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction, unite
+from convlora.segmenter import Segmenter, fit_mask, restore_size, to_prediction
 
 
 class SegmentationTask(LightningModule):
@@ -253,15 +253,13 @@ class BoxPrompted(SegmentationTask):
             self._boxes(mask.cpu().numpy(), content)
             for mask, content in zip(batch.masks, batch.contents, strict=True)
         ]
-        objects = self.segmenter.prompted(batch.images, prompts)
-        return torch.stack([unite(logits) for logits in objects])
+        return self.segmenter.united(batch.images, prompts)
 
     def found(self, image: NDArray[np.uint8], mask: NDArray[np.uint8], predictor: Predictor) -> Found:
         """Return what is found with the boxes of the mask."""
         size = image.shape[0], image.shape[1]
         prompts = self._boxes(mask, predictor.resize.content(*size))
-        [logits] = predictor.objects(predictor.prepare(image), size, prompts)
-        return to_found(logits, self.cleaning)
+        return predictor.united(predictor.prepare(image), size, prompts)
 
     def _boxes(self, mask: NDArray[np.uint8], content: tuple[int, int]) -> list[Tensor]:
         boxes = torch.from_numpy(component_boxes(mask))

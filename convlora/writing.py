@@ -21,6 +21,7 @@ from convlora.data.images import list_images
 from convlora.prompts import Prompt
 
 MADE_BY = "CONVLORA"  # names the mark in the files
+PROMPTED = "-prompted"  # ends the mark of what was made of one prompt
 TIFF = (".tif", ".tiff")
 GEOJSON = ".geojson"
 KINDS = ("probabilities", "overlays", "routing", "polygons")  # of files beside the mask
@@ -162,12 +163,31 @@ def left_to_do(items: Sequence[Item], output: Path, overwrite: bool) -> list[Ite
 
 
 def remove_stale(items: Sequence[Item], output: Path) -> None:
-    """Delete what others made of images and is not about to be written, as overlays of other masks."""
+    """Delete what others made of images and is not about to be written, as overlays of other masks.
+
+    Of images with prompts these are also the masks of further prompts, that an earlier file has told.
+    """
     for item in items:
         files = replace(item, kinds=KINDS).files(output)
         for kind, file in files.items():
             if kind not in item.kinds and file.exists() and maker(file) != item.made_by:
                 file.unlink()
+    for file in list(_of_prompts(items, output)):
+        if (maker(file) or "").endswith(PROMPTED):
+            file.unlink()
+
+
+def _of_prompts(items: Sequence[Item], output: Path) -> Iterator[Path]:
+    """Yield the files that are called as those of prompts of the items' images and are not the items'."""
+    names = {item.name for item in items if item.prompt is not None}
+    images = {name.rpartition("_")[0] for name in names}
+    parents = {Path(name).parent for name in names}
+    for folder in (output / kind for kind in ("", *KINDS)):
+        for file in (file for parent in parents for file in (folder / parent).glob("*_*.png")):
+            name = str(file.relative_to(folder).with_suffix(""))
+            image, _, number = name.rpartition("_")
+            if image in images and number.isdecimal() and name not in names:
+                yield file
 
 
 def maker(file: Path) -> str | None:

@@ -44,6 +44,7 @@ EVERYTHING = (
     "augment=strong",
     "resize=longest_side",
     "peft.gate.top_k=2",
+    "prompts.box=0.5",
 )
 
 
