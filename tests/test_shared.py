@@ -68,11 +68,16 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Save:
 
 
 def probs(predictor: Predictor) -> Tensor:
-    """Logits of an image, bit for bit."""
+    """Logits of an image."""
     pixels = predictor.prepare(IMAGE)
     with torch.inference_mode():
         logits: Tensor = predictor.segmenter(pixels[None])
     return logits
+
+
+def near(one: Tensor, other: Tensor) -> bool:
+    """Whether logits are the same to rounding, which on some CPUs depends on where in memory they lie."""
+    return torch.allclose(one, other, atol=1e-5, rtol=0)
 
 
 def alone(path: str) -> Tensor:
@@ -104,9 +109,9 @@ def test_a_second_predictor_shares_what_is_frozen_and_leaves_the_first_as_it_was
     before, base = probs(first), base_state(first)
     Path("base.pth").unlink()
     second = first.with_adapter(paths[1]) if how == "with_adapter" else load(paths[1], device="cpu")
-    assert torch.equal(probs(second), expected[1])
-    assert torch.equal(before, expected[0])
-    assert torch.equal(probs(first), before)
+    assert near(probs(second), expected[1])
+    assert near(before, expected[0])
+    assert near(probs(first), before)
     assert second.base is first.base
     assert all(torch.equal(tensor, base[name]) for name, tensor in base_state(first).items())
     here, there = frozen(first), frozen(second)
@@ -129,10 +134,10 @@ def test_every_method_computes_on_a_shared_backbone_what_it_does_alone(
     base = base_state(first)
     second = first.with_adapter(path)
     expected = alone(path)
-    assert torch.equal(probs(first), expected)
-    assert torch.equal(probs(second), expected)
+    assert near(probs(first), expected)
+    assert near(probs(second), expected)
     second.segmenter.requires_grad_(False)
-    assert torch.equal(probs(second), expected), "tables made of trained tensors are those of this adapter"
+    assert near(probs(second), expected), "tables made of trained tensors are those of this adapter"
     assert all(torch.equal(tensor, base[name]) for name, tensor in base_state(first).items())
 
 
@@ -142,7 +147,7 @@ def test_a_backbone_is_read_once_while_any_predictor_holds_it(save: Save) -> Non
     torch.manual_seed(4)
     torch.save(TINY.build().state_dict(), "base.pth")
     second = load(path, device="cpu")
-    assert torch.equal(probs(first), probs(second))
+    assert near(probs(first), probs(second))
     assert load(path, "base.pth", device="cpu").base is first.base
     del first
     gc.collect()
@@ -187,7 +192,7 @@ def test_an_adapter_of_another_backbone_is_refused_by_name(
         ValueError, match=rf"adapter two\.safetensors .*{message}.*load\('two\.safetensors'\)"
     ):
         first.with_adapter(other, precision)
-    assert torch.equal(probs(first), before)
+    assert near(probs(first), before)
     second = load(other, precision=precision, device="cpu")
     assert second.base is not first.base
     assert np.isfinite(probs(second) if precision is None else 0).all()
