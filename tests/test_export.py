@@ -281,7 +281,11 @@ def untrained(method: str, model: str) -> Adapter:
     one_block = replace(TINY, depth=1, global_attn_indexes=())
     backbone = one_block if model == "sam_tiny" else replace(from_conf(model), image_size=64)
     torch.manual_seed(0)
-    segmenter = Segmenter(backbone.build(), make("peft", config))
+    sam = backbone.build()
+    if model == "mobile_sam":
+        for stage in sam.image_encoder.stages:  # which differ, and their blocks do not
+            stage.blocks = stage.blocks[:1]
+    segmenter = Segmenter(sam, make("peft", config))
     for value in segmenter.trainable_state().values():
         value.add_(torch.randn_like(value), alpha=0.05)
     segmenter.image_encoder.load_state_dict(segmenter.image_encoder.state_dict())
