@@ -228,6 +228,12 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
         "steps": trainer.global_step,
         "fit_seconds": round(task.fit_seconds, 1),
     }
+    stopping = [each for each in trainer.early_stopping_callbacks if each.stopped_epoch]
+    if trainer.is_global_zero and stopping:
+        console.print(
+            f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}, since "
+            f"{stopping[0].monitor} got no better (callbacks.early_stopping)"
+        )
     if best.best_model_path:
         task.load_state_dict(read_checkpoint(Path(best.best_model_path))["state_dict"])
     path = folder / adapter.NAME
