@@ -370,8 +370,9 @@ def check_classes(name: str, class_names: Sequence[str], data: SegmentationDataM
     """
     if len(class_names) == data.num_classes == 1 or list(class_names) == list(data.class_names):
         return
+    classes = "class" if len(class_names) == 1 else "classes"
     raise ValueError(
-        f"{name} has {len(class_names)} classes ({', '.join(class_names)}), {data.name} has "
+        f"{name} has {len(class_names)} {classes} ({', '.join(class_names)}), {data.name} has "
         f"{data.num_classes} ({', '.join(data.class_names)}); choose another data set"
     )
 

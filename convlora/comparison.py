@@ -167,8 +167,7 @@ def _section(runs: Sequence[Run], score: str | None, baseline: str | None) -> Se
     score = score or primaries[0]
     if not all(score in names for names in there):
         raise ValueError(f"score={score} is not what all runs on {dataset} have; they have {shared}")
-    keys = results.differing(runs)
-    groups = results.over_seeds(runs, keys)
+    keys, groups = results.by_setting(runs)
     settings, repeated = [], []
     for number, key in enumerate(results.rank(groups), start=1):
         by_seed: dict[int, Run] = {}
@@ -293,6 +292,11 @@ def notes(section: Section) -> list[str]:
         "± is the standard error over seeds; what has none is a single run. Settings are in the order of "
         f"their best validation score, {section.settings[0].first.primary}."
     ]
+    if any(results.IMAGES in each.arguments for each in section.settings):
+        lines.append(
+            "Settings with other images= learnt from other images; their scores can be compared only if they "
+            "were tested on the same ones."
+        )
     if section.wanted is not None and section.baseline is None:
         lines.append(f"No run here is of the baseline, {section.wanted}.")
     if section.baseline is not None and section.differences:

@@ -23,9 +23,9 @@ from convlora.build import (
 )
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
 from convlora.cleaning import Cleaning, choose_cleaning
-from convlora.cli import command, refuse_idle
+from convlora.cli import command, given_overrides, refuse_idle
 from convlora.data.images import allow_large_images, image_size
-from convlora.data.module import SegmentationDataModule
+from convlora.data.module import Batch, SegmentationDataModule
 from convlora.data.transforms import LongestSideResize, NativeSize, Resize
 from convlora.heads import SamsOwn
 from convlora.inference import Predictor, TiledSegmenter
@@ -40,6 +40,8 @@ from convlora.task import BoxPrompted, SegmentationTask
 from convlora.tiles import check_tile, choose_tiling
 
 PROTOCOLS = ("automatic", "box")
+# Keys that the record of SAM as it is leaves out: it has what they come to, or they say nothing of its scores
+REPLACED = ("threshold", "smallest", "fill_holes", "precision", "checkpoint", "augment", "output")
 IDLE = ("resize", "augment", "shots", "cache", "seed", "channels", "percentiles")  # of `loading`
 
 log = logging.getLogger(__name__)
@@ -76,12 +78,14 @@ def evaluate(config: EvaluateConfig) -> None:
     """Print the scores on the test images of each data set and write them with tables and pictures.
 
     Raises:
-        OSError: the output cannot be made.
+        OSError: the output cannot be made, or holds a run or an evaluation.
         ValueError: the adapter and a data set differ in their classes, or a setting has no effect.
     """
     refuse_idle("augment", "trainer.precision", *(f"loading.{key}" for key in IDLE))
     if config.protocol not in PROTOCOLS:
         raise ValueError(f"protocol={config.protocol}: {suggest(config.protocol, PROTOCOLS)}")
+    output = Path(config.output)
+    run.check_no_scores(output)
     trained = untrained(config) if config.checkpoint is None else read(config)
     name = config.checkpoint or f"model={trained.metadata['base']}"
     segmenter, resize, settings, tiling = trained.segmenter, trained.resize, config.loading, None
@@ -114,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> None:
             "this loss is one of the head's outputs, but tiles=true blends the logits of windows; leave loss "
             "out, or tiles"
         )
-    table, output = run.ScoreTable(), Path(config.output)
+    table = run.ScoreTable()
     callbacks = [table, Overlays(table), make_progress(config.trainer["enable_progress_bar"])]
     if tiling is None:  # which cut images do not pass through as wholes
         callbacks.append(Routing())
@@ -136,6 +140,9 @@ def evaluate(config: EvaluateConfig) -> None:
         threshold = Cleaning().threshold  # until it is tuned
         trainer.callbacks.append(make_tuning(config, task, data))  # type: ignore[attr-defined]
     given = (threshold, config.smallest, config.fill_holes)
+    boxless = Boxless()
+    if config.protocol == "box":
+        trainer.callbacks.append(boxless)  # type: ignore[attr-defined]
     task.cleaning = choose_cleaning(*given, trained.metadata, list(trained.class_colors), name)
     if trainer.is_global_zero:
         run.make_folder("output", output)
@@ -143,7 +150,7 @@ def evaluate(config: EvaluateConfig) -> None:
         results = test_each(trainer, task, tests, output)
     if not trainer.is_global_zero:
         return
-    counts = {test.name: {"images": len(test.listed("test"))} for test in tests}
+    counts = {name: {"images": count} for name, count in table.counts.items()}
     record: dict[str, Any] = {
         "checkpoint": config.checkpoint,
         "model": trained.metadata["base"],
@@ -157,9 +164,9 @@ def evaluate(config: EvaluateConfig) -> None:
         **results[data.name],
     }
     record["test_sets"] = {test.name: counts[test.name] | results[test.name] for test in tests[1:]}
-    run.write_json(output / "scores.json", record)
+    run.write_json(output / run.SCORES, record)
     if config.checkpoint is None:
-        keep_for_reports(config, task, results, output)
+        keep_for_reports(config, task, data, record["precision"], results, output)
     console = Console(highlight=False, soft_wrap=True)
     if tiling is not None:
         console.print(f"by windows of {tiling.side} px")
@@ -168,7 +175,13 @@ def evaluate(config: EvaluateConfig) -> None:
             f"masks of {', '.join(f'{key}={value}' for key, value in asdict(task.cleaning).items())}"
         )
     console.print(render_scores(results))
-    console.print(f"scores.json, images.csv and pictures in {output}")
+    if boxless.count:
+        verb = "has" if boxless.count == 1 else "have"
+        console.print(
+            f"{boxless.count} of {sum(table.counts.values())} images {verb} no object and so no box: nothing "
+            "is found there, which counts as right, with a Dice of 1"
+        )
+    console.print(f"{run.SCORES}, images.csv and pictures in {output}")
 
 
 def read(config: EvaluateConfig) -> Adapter:
@@ -244,6 +257,30 @@ class Tuning(Callback):
             adapter.keep_threshold(self.checkpoint, threshold, found_by)
 
 
+class Boxless(Callback):
+    """Counts the images of all tests in whose masks there is no object that a box could prompt for.
+
+    Attributes:
+        count: over all devices, once a test has ended.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.own = 0
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.own = 0
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, *_: int
+    ) -> None:
+        self.own += sum(not bool((mask == 1).any()) for mask in batch.masks)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        own = torch.tensor(self.own, device=pl_module.device)
+        self.count += int(trainer.strategy.reduce(own, reduce_op="sum"))
+
+
 def make_tuning(config: EvaluateConfig, task: SegmentationTask, data: SegmentationDataModule) -> Tuning:
     """Return what tunes the threshold by the mean Dice of images.
 
@@ -265,14 +302,20 @@ def make_tuning(config: EvaluateConfig, task: SegmentationTask, data: Segmentati
 
 
 def keep_for_reports(
-    config: EvaluateConfig, task: SegmentationTask, results: Mapping[str, Any], output: Path
+    config: EvaluateConfig,
+    task: SegmentationTask,
+    data: SegmentationDataModule,
+    precision: str,
+    results: Mapping[str, Any],
+    output: Path,
 ) -> None:
     """Write the scores of an untrained model as those of a run, which a report shows beside others."""
     scores, [first, *others] = task.scores_of("test"), results
-    best = {"monitor": f"val/{scores.primary}", "mode": scores.mode}
-    arguments = ["peft=none", *([] if config.protocol == "automatic" else [f"protocol={config.protocol}"])]
-    settings = {"model": config.model, "seed": config.seed, "callbacks": {"best": best}}
-    run.write_record(output, arguments, settings)
+    settings = {key: value for key, value in asdict(config).items() if key not in REPLACED}
+    settings["trainer"] = {**config.trainer, "precision": precision}
+    settings["cleaning"] = asdict(task.cleaning)
+    settings["callbacks"] = {"best": {"monitor": f"val/{scores.primary}", "mode": scores.mode}}
+    run.write_record(output, ["peft=none", *given_overrides()], settings)
     summary = {
         "dataset": first,
         "test": results[first],
@@ -280,6 +323,7 @@ def keep_for_reports(
         "fit_seconds": 0.0,
         "trainable_parameters": 0,
         "total_parameters": run.count(task.segmenter),
+        "test images": data.content("test"),
     }
     run.write_json(output / run.SUMMARY, summary)
 

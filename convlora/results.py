@@ -4,8 +4,8 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-from convlora.run import SUMMARY, flatten, matters, read_record
+from convlora.run import LATER, SCORES, SUMMARY, flatten, matters, read_record
 
 CONFIDENCE = 0.95
 DRAWS = 2000  # of a bootstrap
+IMAGES = "images"  # beside the arguments of a command, where they do not tell
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,32 @@ class Run:
         return int(self.settings["seed"])
 
     @property
+    def images(self) -> str:
+        """What tells the images that it learnt from, or if it learnt nothing was tested on, from others.
+
+        A few shots are chosen by the seed; there the validation images tell.
+        """
+        kinds = ("training images", "validation images", "test images")
+        few = self.settings.get("loading.shots") is not None
+        return ", ".join(str(self.summary[kind]) for kind in kinds[few:] if kind in self.summary)
+
+    @property
+    def root(self) -> str:
+        """Where its images lie."""
+        return str(self.settings.get("dataset.root", ""))
+
+    @property
+    def given_root(self) -> str:
+        """The same as the command says it, which may follow from the seed."""
+        return " ".join(self.arguments.get(key, "") for key in ("data_root", "dataset.root")).strip()
+
+    @property
+    def listing(self) -> dict[str, Any]:
+        """All else that says what its images are."""
+        settings = {**LATER, **self.settings}
+        return {key: settings[key] for key in settings if key.startswith("dataset.") and matters(key)}
+
+    @property
     def tests(self) -> dict[str, Mapping[str, Any]]:
         """By test set, that of the data set it was trained on first, the scores by name."""
         return {self.dataset: self.summary["test"], **self.summary.get("test_sets", {})}
@@ -93,8 +120,9 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """Return the mean of values, at least one, with its standard error."""
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        """Return the mean of values, at least one, with its standard error; NaN where one is no number."""
+        is_known = len(values) > 1 and all(map(math.isfinite, values))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if is_known else math.nan
         return cls(statistics.fmean(values), error)
 
 
@@ -139,22 +167,72 @@ def find(folder: Path) -> list[Run]:
     return [run for run in found if run is not None]
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Return the arguments by which runs differ, other than the seed and those that change no result."""
-    keys = dict.fromkeys(key for run in runs for key in run.arguments)
-    return [
+def find_evaluations(folder: Path) -> list[Path]:
+    """Return the folders at or below a folder that hold scores of an adapter, and so no run."""
+    found = (path.parent for path in sorted(folder.rglob(SCORES)))
+    return [path for path in found if not (path / SUMMARY).is_file()]
+
+
+def by_setting(runs: Sequence[Run]) -> tuple[list[str], dict[tuple[str, ...], list[Run]]]:
+    """Bring runs together that differ by nothing but their seeds.
+
+    Returns:
+        The arguments by which they differ otherwise, of those that may change a result, and the runs by the
+        values of these, empty where one was not given. Where runs with the same arguments learnt from other
+        images, the last argument is `images`: the folder that they lie in or, where its content has changed,
+        their number and hash.
+    """
+    keys = [
         key
-        for key in keys
+        for key in dict.fromkeys(key for run in runs for key in run.arguments)
         if len({run.arguments.get(key) for run in runs}) > 1 and key != "seed" and matters(key)
     ]
+    groups = _by(keys, runs)
+    named = [_name_images(group) for group in groups.values()]
+    if any(len(set(names)) > 1 for names in named):
+        keys.append(IMAGES)
+        groups = _by(
+            keys,
+            [
+                replace(run, arguments={**run.arguments, IMAGES: name})
+                for group, names in zip(groups.values(), named, strict=True)
+                for run, name in zip(group, names, strict=True)
+            ],
+        )
+    return keys, groups
 
 
-def over_seeds(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[str, ...], list[Run]]:
-    """Bring runs together that have the same arguments `keys`; an argument that was not given is empty."""
+def _by(keys: Sequence[str], runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(run.arguments.get(key, "") for key in keys), []).append(run)
     return groups
+
+
+def _name_images(runs: Sequence[Run]) -> list[str]:
+    """Return what the images of each run are called, of runs that have the same arguments but for the folder.
+
+    The same images may lie in several folders. Those that follow from the seed, as of the folds of a
+    cross-validation by `dataset.lists` or the folder, have one name.
+    """
+    lists = {json.dumps(run.listing, default=str) for run in runs}
+    if len(lists) > 1 or len({run.images for run in runs}) == 1:
+        return [runs[0].root] * len(runs)
+    places = _sets((run.given_root, run.root) for run in runs)
+    follow = {given for given, roots in places.items() if len(roots) > 1}
+    kinds = [run.given_root if run.given_root in follow else run.images for run in runs]
+    roots = [run.given_root if run.given_root in follow else run.root for run in runs]
+    owners = _sets(zip(roots, kinds, strict=True))
+    first = dict(zip(reversed(kinds), reversed(roots), strict=True))
+    return [first[kind] if len(owners[first[kind]]) == 1 else kind for kind in kinds]
+
+
+def _sets(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """Return the second members by the first."""
+    found: dict[str, set[str]] = {}
+    for first, second in pairs:
+        found.setdefault(first, set()).add(second)
+    return found
 
 
 def rank(groups: Mapping[tuple[str, ...], Sequence[Run]]) -> list[tuple[str, ...]]:

@@ -32,7 +32,7 @@ from convlora.segmenter import Segmenter
 
 MEBIBYTE = 2**20
 RECORD, LAST, BEST, SUMMARY = "config.yaml", "last.ckpt", "best.ckpt", "summary.json"
-METRICS = "metrics.csv"
+METRICS, SCORES = "metrics.csv", "scores.json"
 STOPPING = 60  # seconds that one of several processes has to stop in
 # What Lightning tells the processes that it starts
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -45,6 +45,7 @@ FREE = (
     "data_root",
     "run_dir",
     "sweep_dir",
+    "output",
     "resume",
     "dry_run",
     "dataset.root",
@@ -331,6 +332,17 @@ def check_unused(folder: Path) -> None:
         )
 
 
+@rank_zero_only
+def check_no_scores(output: Path) -> None:
+    """Refuse to write scores where those of a run or another evaluation are; raises FileExistsError."""
+    found = [name for name in (RECORD, LAST, SUMMARY, SCORES) if (output / name).is_file()]
+    if found:
+        raise FileExistsError(
+            f"{in_shell('output', output)} already holds a run or an evaluation ({found[0]}), which would be "
+            "overwritten; choose another output, or leave it out for a folder named by the time"
+        )
+
+
 def check_same_settings(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse to resume a run with settings that would make it another one.
 
@@ -442,10 +454,12 @@ class ScoreTable(Callback):
 
     Attributes:
         rows: name -> scores, sorted by name, once the test has ended.
+        counts: of the images scored, by data set, of all tests that have ended.
     """
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, float]] = {}
+        self.counts: dict[str, int] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.rows = {}
@@ -459,6 +473,7 @@ class ScoreTable(Callback):
             torch.distributed.all_gather_object(parts, self.rows)
             self.rows = {name: row for part in parts for name, row in part.items()}
         self.rows = dict(sorted(self.rows.items()))
+        self.counts[trainer.datamodule.name] = len(self.rows)  # type: ignore[attr-defined]
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -69,8 +69,7 @@ class Sweep(Callback):
 def tabulate(folder: Path) -> list[dict[str, Any]]:
     """Return a row for each setting that a sweep tried, the best mean in validation first."""
     runs = results.find(folder)
-    keys = results.differing(runs)
-    groups = results.over_seeds(runs, keys)
+    keys, groups = results.by_setting(runs)
     rows = []
     for key in results.rank(groups):
         members = groups[key]

@@ -44,7 +44,9 @@ def test_adapter_reproduces_its_scores_in_a_new_process(run: Path, tmp_path: Pat
     assert (Path("again") / "overlays.png").is_file()
 
 
-def test_means_are_those_of_the_image_table(cli: Commands, run: Path) -> None:
+def test_means_are_those_of_the_image_table_which_no_other_takes_the_place_of(
+    cli: Commands, run: Path
+) -> None:
     done = cli(evaluate, f"checkpoint={run}/adapter.safetensors", *TEST_SET, *QUIET, "output=out",
                "loading.batch_size=2")  # fmt: skip
     assert done.code == 0, done.err
@@ -54,6 +56,11 @@ def test_means_are_those_of_the_image_table(cli: Commands, run: Path) -> None:
     for name in ("dice", "iou", "mae", "s_measure", "e_measure", "weighted_f_measure"):
         assert np.mean([float(row[name]) for row in rows]) == pytest.approx(scores("out")[name], abs=1e-6)
         assert f"{scores('out')[name]:.4f}" in done.out
+    for output in ("out", "run"):
+        before = {path: path.read_bytes() for path in Path(output).iterdir() if path.is_file()}
+        refused = cli(evaluate, "checkpoint=nowhere", *TEST_SET, *QUIET, f"output={output}")
+        assert f"output={output} already holds a run or an evaluation" in refused.err
+        assert {path: path.read_bytes() for path in Path(output).iterdir() if path.is_file()} == before
 
 
 def test_two_ranks_tune_and_score_odd_sets_as_one_does(cli: Commands, run: Path, tmp_path: Path) -> None:

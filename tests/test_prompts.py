@@ -1,5 +1,6 @@
 """Boxes and points: where they lie, what they are trained on, what they find."""
 
+import csv
 import gc
 import json
 from dataclasses import replace
@@ -19,7 +20,7 @@ from segment_anything.modeling import Sam as SamAsPublished
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from convlora import IGNORED, adapter, evaluate, predict, report, train
+from convlora import IGNORED, adapter, evaluate, predict, report, results, train
 from convlora.adapter import load
 from convlora.cleaning import Cleaning
 from convlora.data.samples import Batch
@@ -367,8 +368,9 @@ def test_a_training_with_prompts_says_so_and_its_adapter_knows(cli: Commands, ru
 def test_boxes_are_scored_by_the_command_line_and_a_stranger_to_them_is_told(
     cli: Commands, run: Path
 ) -> None:
-    plant_test_set(Path("data/TestDataset/CHAMELEON"), 2)
+    plant_test_set(Path("data/TestDataset/CHAMELEON"), 3)
     several = np.zeros((48, 48), np.uint8)
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save("data/TestDataset/CHAMELEON/GT/2.png")
     several[4:9, 4:9] = several[30:40, 10:40] = 255
     Image.fromarray(several).save("data/TestDataset/CHAMELEON/GT/0.png")
     arguments = ("dataset=chameleon", *QUIET, "protocol=box")
@@ -376,10 +378,15 @@ def test_boxes_are_scored_by_the_command_line_and_a_stranger_to_them_is_told(
     assert done.code == 0, done.err
     assert "was trained without prompts" not in done.out
     record = json.loads(Path("box/scores.json").read_text())
-    assert record["protocol"] == "box"
+    assert (record["protocol"], record["images"]) == ("box", 3)
+    assert "1 of 3 images has no object and so no box: nothing is found there" in done.out
     assert Path("box/overlays.png").is_file()
     other = train_in(Path.cwd(), *SMALL, "logger=csv", "trainer.max_epochs=1")
-    assert "was trained without prompts" in cli(evaluate, f"checkpoint={other}", *arguments, "output=b").out
+    few = ("loading.batch_size=2", "trainer.limit_test_batches=1")
+    done = cli(evaluate, f"checkpoint={other}", *arguments, *few, "output=b")
+    assert "was trained without prompts" in done.out
+    assert "no object" not in done.out
+    assert json.loads(Path("b/scores.json").read_text())["images"] == 2
 
 
 def test_sam_as_it_is_is_scored_and_a_row_of_the_report(cli: Commands, run: Path) -> None:
@@ -391,18 +398,30 @@ def test_sam_as_it_is_is_scored_and_a_row_of_the_report(cli: Commands, run: Path
     assert "has random weights, so its scores mean nothing" in done.out
     assert json.loads(Path("plain/scores.json").read_text())["checkpoint"] is None
     assert cli(evaluate, *model, *data, "output=box", "protocol=box").code == 0
-    made = cli(report, f"runs=[{run},plain,box]", "output=report")
+    assert cli(evaluate, *model, *data, "output=strict", "protocol=box", "threshold=0.9").code == 0
+    assert cli(evaluate, *model, *data, "output=again", "protocol=box", "seed=1").code == 0
+    made = cli(report, f"runs=[{run},plain,box,strict,again]", "output=report")
     assert made.code == 0, made.err
-    text = Path("report/report.md").read_text()
-    assert "peft=none protocol=box" in text
-    assert "3 runs" in made.out
+    with Path("report/report.csv").open(newline="") as file:
+        rows = {
+            (row["protocol"], row["threshold"]): row for row in csv.DictReader(file) if row["peft"] == "none"
+        }
+    assert {key: row["seeds"] for key, row in rows.items()} == {
+        ("", ""): "0", ("box", ""): "0 1", ("box", "0.9"): "0"
+    }  # fmt: skip
+    assert all("output" not in row["setting"] for row in rows.values())
+    strict = results.read(Path("strict"))
+    assert strict is not None
+    assert strict.settings["cleaning.threshold"] == 0.9
+    assert strict.images.startswith("5 (")
+    assert "5 runs" in made.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "checkpoint=RUN must be given, or model=sam_vit_b to score SAM as it is"),
-        ((*SEVERAL, "model=sam_tiny"), "sam_tiny has 1 classes (foreground), synthetic has 3 (a, b, c)"),
+        ((*SEVERAL, "model=sam_tiny"), "sam_tiny has 1 class (foreground), synthetic has 3 (a, b, c)"),
         (("model=sam_tiny", "protocol=boxes"), "protocol=boxes: did you mean 'box'?"),
         (
             ("model=sam_tiny", "protocol=box", "tiles=true", "tile=32"),

@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from convlora import page, report, results, train
-from convlora.comparison import compare, extremes, grids, unlike
+from convlora.comparison import compare, extremes, grids, notes, unlike
 from convlora.results import Run, difference, interval
-from convlora.run import METRICS, SUMMARY, write_json, write_record, write_rows
+from convlora.run import METRICS, SCORES, SUMMARY, write_json, write_record, write_rows
 
 IMAGES = 12
 
@@ -31,6 +31,7 @@ def plant(
     images: ArrayLike,
     settings: Mapping[str, object] | None = None,
     dataset: str = "kvasir",
+    training: str = "8 (1f)",
     **scores: float,
 ) -> Run:
     """A run that has ended with these scores of its test images, as far as a report looks at it."""
@@ -44,7 +45,8 @@ def plant(
     test = {"loss": 0.5, "dice": float(values.mean()), **scores}
     costs = {"fit_seconds": 10.0 + seed, "trainable_parameters": 1000 + 10 * len(arguments)}
     validation = {"val/dice": float(values.mean())}
-    write_json(folder / SUMMARY, {"dataset": dataset, "test": test, "test_sets": {}, **validation, **costs})
+    facts = {"dataset": dataset, "training images": training, "validation images": "2 (2f)"}
+    write_json(folder / SUMMARY, {**facts, "test": test, "test_sets": {}, **validation, **costs})
     (folder / METRICS).write_text("epoch,step,train/loss,val/dice\n0,4,0.5,\n0,9,,0.25\n1,19,,0.5\n")
     found = results.read(folder)
     assert found is not None
@@ -198,6 +200,45 @@ def test_a_grid_and_what_differs_are_those_of_the_runs(sweep: Path) -> None:
     assert (grids(other), unlike(other), other.baseline) == ([], {}, None)
 
 
+def test_runs_are_seeds_of_one_setting_only_if_they_learnt_from_the_same_images(tmp_path: Path) -> None:
+    def settings(*told: tuple[str, str, str], **loading: object) -> list[tuple[str, int]]:
+        """Labels and numbers of seeds, of runs with these arguments, roots and training images."""
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        runs = []
+        for seed, (arguments, root, training) in enumerate(told):
+            lists = f"folds/{seed}" if "lists" in arguments else None
+            config = {"dataset": {"root": root, "lists": lists}, "loading": loading}
+            runs.append(plant(folder / str(seed), arguments, seed, [0.5, 0.6], config, training=training))
+        [section] = compare(runs, None, None)
+        assert any("learnt from other images" in note for note in notes(section)) == (
+            "images=" in section.settings[0].label
+        )
+        return sorted((each.label, len(each.runs)) for each in section.settings)
+
+    here, there = "data_root=here", "data_root=there"
+    assert settings((here, "here", "8 (a)"), (there, "there", "8 (b)"), (here, "here", "8 (a)")) == [
+        ("images=here", 2),
+        ("images=there", 1),
+    ]
+    assert settings((here, "here", "8 (a)"), (there, "there", "8 (a)")) == [("defaults", 2)]
+    assert settings((here, "here", "8 (a)"), (here, "here", "9 (b)")) == [
+        ("images=8 (a), 2 (2f)", 1),
+        ("images=9 (b), 2 (2f)", 1),
+    ]
+    folds = "dataset.lists=folds/${seed}"
+    moved = ((f"{folds} data_root={i}", str(i), f"8 ({i})") for i in range(3))
+    assert settings(*moved) == [("defaults", 3)]
+    folds = "data_root=folds/${seed}"
+    assert settings(*((folds, f"folds/{i}", f"8 ({i})") for i in range(3))) == [("defaults", 3)]
+    assert settings((folds, "folds/0", "8 (0)"), (folds, "folds/1", "8 (1)"), (here, "here", "8 (2)")) == [
+        ("images=folds/${seed}", 2),
+        ("images=here", 1),
+    ]
+    same = ((folds, "folds/0", "8 (a)"), (folds, "folds/1", "8 (a)"), (here, "here", "8 (a)"))
+    assert settings(*same) == [("defaults", 3)]
+    assert settings((here, "here", "4 (a)"), (here, "here", "4 (b)"), shots=4) == [("defaults", 2)]
+
+
 def test_images_that_tell_most_are_found(tmp_path: Path) -> None:
     plain = [0.5, 0.1, 0.9, 0.4, 0.6, 0.55, 0.45]
     other = [0.5, 0.1, 0.9, 0.8, 0.2, 0.56, 0.45]
@@ -218,7 +259,14 @@ def test_readers_are_told_what_an_interval_leaves_out(cli: Commands, tmp_path: P
         plant(tmp_path / f"runs/lora{seed}", "peft=lora", seed, drawn(seed))
     plant(tmp_path / "runs/dora1", "peft=dora", 1, drawn(3))
     plant(tmp_path / "runs/again", "peft=lora", 1, drawn(1))
-    assert cli(report, "runs=runs", "baseline=lora", "output=out").code == 0
+    write_json(Path("runs/lora0", SCORES), {"dice": 0.5})  # of a model that is a run itself
+    Path("runs/scored").mkdir()
+    write_json(Path("runs/scored", SCORES), {"dice": 0.5})
+    done = cli(report, "runs=[runs,runs/scored]", "baseline=lora", "output=out")
+    assert done.code == 0, done.err
+    assert "left out, since they evaluate adapters and are no runs: runs/scored\n" in done.out
+    assert "3 runs: " in done.out
+    assert cli(report, "runs=runs/dora1", "output=one").out.startswith("1 run: ")
     for name in ("report.md", "report.html"):
         text = Path("out", name).read_text()
         assert "A single seed, so that the interval is over images only: peft=dora." in text
@@ -231,6 +279,12 @@ def test_readers_are_told_what_an_interval_leaves_out(cli: Commands, tmp_path: P
     [
         (("runs=nowhere",), "runs=nowhere: no such folder; name one or several that hold runs"),
         (("runs=[empty]",), "runs=[empty]: no run there has ended (none has a summary.json)"),
+        (
+            ("runs=scored",),
+            "runs=[scored]: evaluations of adapters (scores.json) but no runs, which a report "
+            "compares; name the folders of the trainings",
+        ),
+        (("runs=[cut,scored]",), "no run there has ended"),
         (("runs=[]",), "runs=[] names no folder"),
         (
             ("runs=runs", "baseline=vera"),
@@ -248,6 +302,10 @@ def test_a_mistake_is_told_with_a_way_out(
     cli: Commands, tmp_path: Path, arguments: Sequence[str], message: str
 ) -> None:
     Path("empty").mkdir()
+    Path("scored").mkdir()
+    write_json(Path("scored", SCORES), {"dice": 0.5})
+    Path("cut").mkdir()
+    write_record(Path("cut"), [], {})
     for k, name in enumerate(
         ("peft=lora", "peft=dora", "peft=dora optimizer=sgd", "peft=lora optimizer=sgd")
     ):
