@@ -390,7 +390,7 @@ def test_sam_as_it_is_is_scored_and_a_row_of_the_report(cli: Commands, run: Path
     assert done.code == 0, done.err
     assert "has random weights, so its scores mean nothing" in done.out
     assert json.loads(Path("plain/scores.json").read_text())["checkpoint"] is None
-    assert cli(evaluate, *model, *data, "output=box", "protocol=box").code == 0
+    assert cli(evaluate, *model, *data, "output=box", "protocol=box", "resize=longest_side").code == 0
     made = cli(report, f"runs=[{run},plain,box]", "output=report")
     assert made.code == 0, made.err
     text = Path("report/report.md").read_text()
