@@ -71,7 +71,9 @@ def read_origin(init: str, parts: Parts) -> Origin:
     """
     given = f"init={init}"
     if not init:
-        raise ValueError("init= names no adapter; set init=RUN, the folder of a training run, or leave it out")
+        raise ValueError(
+            "init= names no adapter; set init=RUN, the folder of a training run, or leave it out"
+        )
     try:
         file = adapter.open_file(init, None, None)
     except FileNotFoundError as error:
@@ -92,8 +94,8 @@ def read_origin(init: str, parts: Parts) -> Origin:
     sized = [each for each in of_backbone if _is_among(each, SIZED)]
     if sized and file.backbone.is_random and parts.backbone.is_random:
         raise ValueError(
-            f"{given} is of other random weights, which follow from the size: {'; '.join(sized)}; set what it "
-            f"was, {WITHOUT}"
+            f"{given} is of other random weights, which follow from the size: {'; '.join(sized)}; set what "
+            f"it was, {WITHOUT}"
         )
     others += _compare("head", file.head, parts.head)
     before, now = list(file.class_colors), list(parts.data.class_names)

@@ -275,6 +275,12 @@ def test_both_commands_refuse_impossible_settings(
 
 def test_several_classes_take_none_of_it() -> None:
     assert choose_cleaning(0.5, 0, False, {}, ["a", "b"], "RUN").is_idle
-    for settings in ((0.4, 0, False), (0.5, 9, False), (0.5, 0, True), ("tuned", 0, False), ("tune", 0, False)):
+    for settings in (
+        (0.4, 0, False),
+        (0.5, 9, False),
+        (0.5, 0, True),
+        ("tuned", 0, False),
+        ("tune", 0, False),
+    ):
         with pytest.raises(ValueError, match="are for a foreground alone, but RUN tells 2 classes apart"):
             choose_cleaning(*settings, {}, ["a", "b"], "RUN")

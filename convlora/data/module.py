@@ -133,7 +133,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
         """List the files of a split, without opening them."""
 
     def listing(self, split: Split) -> Path | None:
-        """Return the file of the user's own that lists a split, which errors name; None where there is none."""
+        """Return the user's own file that lists a split, which errors name; None where there is none."""
         return None
 
     def files(self, pair: Pair) -> list[Path]:

@@ -97,8 +97,8 @@ class Scores(MetricCollection):
             hold up the training.
 
     Raises:
-        ValueError: something names no score, two scores have one name, there is no such primary or other score,
-            or the scores are not for that many classes.
+        ValueError: what is given is no score, two scores have one name, there is no such primary or other
+            score, or the scores are not for that many classes.
     """
 
     names: list[str]

@@ -248,9 +248,18 @@ def test_lists_of_a_fold_stand_for_those_of_the_archive(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ("", r"x: test lists no images under .*; write some to .*fold/test\.csv"),
-        ("0.png,0_mask.png\n99.png,0_mask.png", r"1 of 4 files of test are missing: .*99\.png; correct .*fold/test"),
-        ("0.png,0_mask.png\n./0.png,0_mask.png", r"fold/test\.csv lists .*0\.png 2 times; list each image once"),
-        ("0.png,0_mask.png\n./1.png,1_mask.png", r"1 images are in both .*fold/test.csv and .*fold/train.csv, fir"),
+        (
+            "0.png,0_mask.png\n99.png,0_mask.png",
+            r"1 of 4 files of test are missing: .*99\.png; correct .*fold/test",
+        ),
+        (
+            "0.png,0_mask.png\n./0.png,0_mask.png",
+            r"fold/test\.csv lists .*0\.png 2 times; list each image once",
+        ),
+        (
+            "0.png,0_mask.png\n./1.png,1_mask.png",
+            r"1 images are in both .*fold/test.csv and .*fold/train.csv, fir",
+        ),
     ],
 )
 def test_mistakes_in_a_list_of_ones_own_name_the_list(root: Path, rows: str, message: str) -> None:
@@ -271,7 +280,9 @@ def test_mistakes_in_a_list_of_ones_own_name_the_list(root: Path, rows: str, mes
 def test_an_image_in_two_lists_of_an_archive_is_refused_unless_one_list_is_both(root: Path) -> None:
     for split in ("train", "test"):
         (root / f"{split}.csv").write_text("image,label\n0.png,0_mask.png\n")
-    with pytest.raises(ValueError, match=r"1 images are in both .*train\.csv and .*test\.csv, first .*0\.png; l"):
+    with pytest.raises(
+        ValueError, match=r"1 images are in both .*train\.csv and .*test\.csv, first .*0\.png; l"
+    ):
         CsvListed(name="x", root=root, class_names=["a"]).pairs("train")
     CsvListed(name="x", root=root, class_names=["a"], test_csv="train.csv").setup("test")
 

@@ -37,13 +37,15 @@ class CsvListed(SegmentationDataModule):
             if self.lists is None:
                 raise self.absent(self._csv(split))
             raise FileNotFoundError(
-                f"{self.name}: no {self._csv(split)} in dataset.lists={self.lists}; a list of each split lies "
-                f"there, columns image,label, paths from {self.root}"
+                f"{self.name}: no {self._csv(split)} in dataset.lists={self.lists}; a list of each split "
+                f"lies there, columns image,label, paths from {self.root}"
             )
         pairs = {each: csv_pairs(path, self.root) for each, path in listings.items() if path.is_file()}
         # by name alone: the images of another split need not be on this machine
         images = {each: {os.path.normpath(pair.image) for pair in own} for each, own in pairs.items()}
-        refuse_overlap(self.name, str(listings[split]), {str(listings[each]): images[each] for each in images})
+        refuse_overlap(
+            self.name, str(listings[split]), {str(listings[each]): images[each] for each in images}
+        )
         return pairs[split]
 
     def incomplete(self) -> list[str]:
