@@ -242,6 +242,11 @@ def test_lists_of_a_fold_stand_for_those_of_the_archive(tmp_path: Path) -> None:
     assert fold.pairs("train") == [Pair(tmp_path / "fold_train.jpg", tmp_path / "train.png")]
     with pytest.raises(FileNotFoundError, match=r"x: no val\.csv in dataset\.lists=.*fold; a list of each"):
         fold.pairs("val")
+    elsewhere = data(lists=str(tmp_path / "fold"), root=tmp_path / "none")
+    with pytest.raises(
+        FileNotFoundError, match=r"x: no images under .*none; run `python -m convlora\.prepare"
+    ):
+        elsewhere.setup("test")
 
 
 @pytest.mark.parametrize(
@@ -253,11 +258,11 @@ def test_lists_of_a_fold_stand_for_those_of_the_archive(tmp_path: Path) -> None:
             r"1 of 4 files of test are missing: .*99\.png; correct .*fold/test",
         ),
         (
-            "0.png,0_mask.png\n./0.png,0_mask.png",
+            "0.png,0_mask.png\nfold/../0.png,0_mask.png",
             r"fold/test\.csv lists .*0\.png 2 times; list each image once",
         ),
         (
-            "0.png,0_mask.png\n./1.png,1_mask.png",
+            "0.png,0_mask.png\nfold/../1.png,1_mask.png",
             r"1 images are in both .*fold/test.csv and .*fold/train.csv, fir",
         ),
     ],

@@ -40,6 +40,8 @@ class CsvListed(SegmentationDataModule):
                 f"{self.name}: no {self._csv(split)} in dataset.lists={self.lists}; a list of each split "
                 f"lies there, columns image,label, paths from {self.root}"
             )
+        if not self.root.is_dir():  # or the paths in a list of one's own would seem to be wrong
+            raise self.absent("images")
         pairs = {each: csv_pairs(path, self.root) for each, path in listings.items() if path.is_file()}
         # by name alone: the images of another split need not be on this machine
         images = {each: {os.path.normpath(pair.image) for pair in own} for each, own in pairs.items()}
