@@ -286,7 +286,7 @@ def find(checkpoint: str | Path) -> Path:
         log.warning(f"{checkpoint}: no such folder, taken from the Hugging Face Hub")
         return fetch_from_hub(named[1], named[2], NAME)
     if not path.is_file():
-        raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, checkpoint=RUN names it")
+        raise FileNotFoundError(f"no adapter at {path}; a training run leaves one, name its folder")
     return path
 
 

@@ -99,6 +99,8 @@ def choose_cleaning(
     Raises:
         ValueError: a number is impossible, no threshold is kept, or there are several classes.
     """
+    if isinstance(threshold, str) or not Cleaning(threshold, smallest, fill_holes).is_idle:
+        check_foreground(class_names, checkpoint)
     if threshold == TUNED:
         if "threshold" not in metadata:
             raise ValueError(
@@ -108,10 +110,13 @@ def choose_cleaning(
         threshold = float(metadata["threshold"])
     if isinstance(threshold, str):
         raise ValueError(f"threshold={threshold} is not possible here; set a number, as 0.5, or tuned")
-    cleaning = Cleaning(threshold, smallest, fill_holes)
-    if len(class_names) > 1 and not cleaning.is_idle:
+    return Cleaning(threshold, smallest, fill_holes)
+
+
+def check_foreground(class_names: Sequence[str], checkpoint: str) -> None:
+    """Refuse to clean what tells several classes apart; raises ValueError."""
+    if len(class_names) > 1:
         raise ValueError(
             f"threshold, smallest and fill_holes are for a foreground alone, but {checkpoint} tells "
             f"{len(class_names)} classes apart ({', '.join(class_names)}); leave them out"
         )
-    return cleaning

@@ -219,7 +219,7 @@ def _loosen(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse_emptied(arguments: Sequence[str], schema: Callable[..., Any]) -> None:
-    """Refuse to take away what the command needs as a whole; raises ValueError."""
+    """Refuse to take away what the command needs as a whole, or to set it to a number; raises ValueError."""
     needed = inspect.signature(schema).parameters
     for argument in _split(arguments)[1]:
         key, _, value = argument.partition("=")
@@ -228,6 +228,19 @@ def _refuse_emptied(arguments: Sequence[str], schema: Callable[..., Any]) -> Non
         if value == "null" and key not in ("experiment", "sweep") and (CONF / key).is_dir():
             names = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
             raise ValueError(f"{key}=null leaves nothing to build; {suggest('', names)}")
+        if value and (CONF / key).is_dir() and _is_number(argument):
+            files = sorted((CONF / key).glob("*.yaml"))
+            settings = [str(name) for name in OmegaConf.load(files[0]) if str(name)[0] != "_"]
+            setting = settings[0] if len(files) == len(settings) == 1 else "NAME"
+            raise ValueError(
+                f"{key}={value} names no file of conf/{key}; {suggest('', [path.stem for path in files])}; a "
+                f"setting in it is given as {key.replace('/', '.')}.{setting}={value}"
+            )
+
+
+def _is_number(argument: str) -> bool:
+    """Return whether the value of an argument is a number or a truth value, and no text."""
+    return isinstance(OverridesParser.create().parse_override(argument).value(), bool | int | float)
 
 
 def _refuse_deleted(cfg: DictConfig) -> None:

@@ -22,7 +22,7 @@ from convlora.build import (
     make_trainer,
 )
 from convlora.callbacks import Overlays, make_progress, render_scores, test_each
-from convlora.cleaning import Cleaning, choose_cleaning
+from convlora.cleaning import Cleaning, check_foreground, choose_cleaning
 from convlora.cli import command, given_overrides, refuse_idle
 from convlora.data.images import allow_large_images, image_size
 from convlora.data.module import Batch, SegmentationDataModule
@@ -97,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> None:
         resize, settings = NativeSize(), {**settings, "batch_size": 1}
     elif config.tile is not None:
         raise ValueError(f"tile={config.tile} has no effect, since no image is cut; add tiles=true")
-    loading = make("loading", settings, resize=resize)
+    loading = make("loading", settings, ["resize"], resize=resize)
     data: SegmentationDataModule = make("dataset", config.dataset, loading=loading)
     tests = [data, *make_test_sets(config.test_sets, "evaluate", data)]
     for test in tests:  # a missing set should not come out after the others
@@ -290,10 +290,11 @@ def make_tuning(config: EvaluateConfig, task: SegmentationTask, data: Segmentati
         FileNotFoundError: validation images are missing.
         ValueError: there are several classes, no adapter, or prompts.
     """
-    if config.checkpoint is None or config.protocol != "automatic" or data.num_classes > 1:
+    check_foreground(data.class_names, config.checkpoint or data.name)
+    if config.checkpoint is None or config.protocol != "automatic":
         raise ValueError(
-            "threshold=tune is for an adapter of a foreground alone, without prompts, and keeps it in "
-            "the file; set a number, as threshold=0.5"
+            "threshold=tune is for an adapter without prompts, and keeps it in the file; set a number, as "
+            "threshold=0.5"
         )
     data.setup("validate")
     data.use_bands(data.bands, "val")

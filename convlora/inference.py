@@ -164,9 +164,12 @@ class Predictor:
 
         Raises:
             FileNotFoundError: there is no such file.
+            TypeError: `prompts` is no list of prompts.
             ValueError: what `predict` raises, a prompt lies outside the image, or there are several classes.
         """
         check_one_class(self.class_colors)
+        if isinstance(prompts, Prompt) or not all(isinstance(each, Prompt) for each in prompts):
+            raise TypeError(f"prompts={prompts} must be a list of Prompt, as [Prompt(box=(10, 20, 110, 90))]")
         segmenter, pixels = self._whole, self.read(image)
         size = pixels.shape[0], pixels.shape[1]
         name = str(image) if isinstance(image, str | Path) else "the image"

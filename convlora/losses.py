@@ -50,6 +50,9 @@ class StructureLoss(nn.Module):
 class BceDiceLoss(nn.Module):
     """Binary cross-entropy, a mean over pixels, plus soft Dice loss (Milletari et al., 3DV 2016)."""
 
+    def __init__(self) -> None:  # without it torch's would take any key
+        super().__init__()
+
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         logits, target, valid = _binary(logits, masks)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -84,6 +87,9 @@ class BalancedBceLoss(nn.Module):
     kinds weigh the same; the rarer one of them is, the less the image costs. An image of one kind costs
     nothing. The code released with Conv-LoRA does the same for shadows.
     """
+
+    def __init__(self) -> None:  # without it torch's would take any key
+        super().__init__()
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         logits, target, valid = _binary(logits, masks)

@@ -69,8 +69,15 @@ def read_origin(init: str, parts: Parts) -> Origin:
         FileNotFoundError: no such file.
         ValueError: no adapter, or one of another backbone, method, size of it, or bands.
     """
-    file = adapter.open_file(init, None, None)
     given = f"init={init}"
+    if not init:
+        raise ValueError(
+            "init= names no adapter; set init=RUN, the folder of a training run, or leave it out"
+        )
+    try:
+        file = adapter.open_file(init, None, None)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{given}: {error}") from error
     channels, wanted = None if file.bands is None else file.bands.channels, parts.data.loading.channels
     if _plain(channels) != _plain(wanted):
         shown = "null" if channels is None else f"[{','.join(map(str, channels))}]"
@@ -84,6 +91,12 @@ def read_origin(init: str, parts: Parts) -> Origin:
     if problems := mismatches(*in_encoder):
         others += [each for each in of_backbone if _is_among(each, SIZED)]
         raise ValueError(f"{given} does not fit, {problems}: {'; '.join(others)}; set what it was, {WITHOUT}")
+    sized = [each for each in of_backbone if _is_among(each, SIZED)]
+    if sized and file.backbone.is_random and parts.backbone.is_random:
+        raise ValueError(
+            f"{given} is of other random weights, which follow from the size: {'; '.join(sized)}; set what "
+            f"it was, {WITHOUT}"
+        )
     others += _compare("head", file.head, parts.head)
     before, now = list(file.class_colors), list(parts.data.class_names)
     same_classes = len(before) == len(now) == 1 or before == now

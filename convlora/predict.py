@@ -173,6 +173,8 @@ def check_items(config: PredictConfig, items: Sequence[Item]) -> None:
         raise ValueError(f"devices={config.devices} must be at least 1, the number of devices that share")
     if config.devices > 1 and ":" in config.device:
         raise ValueError(f"device={config.device} is one device; leave out devices={config.devices}")
+    if config.devices > 1:
+        check_devices(config)
     if config.tile is None:
         return
     if scene is None and not config.tiles:
@@ -224,11 +226,7 @@ def in_processes(config: PredictConfig, items: Sequence[Item]) -> list[str]:
     count = len(dealt)
     if count == 1:
         return predict_share(config, items)
-    there = torch.cuda.device_count()
-    kind = config.device if config.device != "auto" else "cuda" if there else "cpu"
-    if kind == "cuda" and there < config.devices:
-        way_out = f"set devices={there}" if there else "set device=cpu"
-        raise ValueError(f"devices={config.devices}, but this machine has {there} GPUs; {way_out}")
+    kind = kind_of_device(config)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _begin, (count if kind == "cpu" else 1,)) as pool:
         shares = [pool.submit(predict_share, config, share, rank, kind) for rank, share in enumerate(dealt)]
@@ -239,6 +237,23 @@ def in_processes(config: PredictConfig, items: Sequence[Item]) -> list[str]:
                 "the process of a device has ended; if memory ran out, set batch_size=1 or fewer devices. "
                 "The same command goes on after what is written"
             ) from error
+
+
+def check_devices(config: PredictConfig) -> None:
+    """Refuse more processes than there are GPUs or, of a CPU, cores; raises ValueError."""
+    kind = kind_of_device(config)
+    if kind not in ("cuda", "cpu"):
+        return
+    there = torch.cuda.device_count() if kind == "cuda" else os.cpu_count() or 1
+    if config.devices > there:
+        what = "GPUs" if kind == "cuda" else "CPU cores, and each process takes one"
+        way_out = f"set devices={there}" if there else "set device=cpu"
+        raise ValueError(f"devices={config.devices}, but this machine has {there} {what}; {way_out}")
+
+
+def kind_of_device(config: PredictConfig) -> str:
+    """Return the kind of device that several processes take, for `auto` GPUs where there are any."""
+    return config.device if config.device != "auto" else "cuda" if torch.cuda.device_count() else "cpu"
 
 
 def _begin(processes: int) -> None:

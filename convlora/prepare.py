@@ -73,6 +73,11 @@ def prepare(config: PrepareConfig) -> None:
     for key in idle:
         if key in given:
             raise ValueError(f"{key} has no effect with action={config.action}; leave it out")
+    if config.action == "download" and settings.get("lists"):
+        raise ValueError(
+            f"dataset.lists={settings['lists']} has no effect with action=download, which gets the archive "
+            "whole; leave it out, or set action=check to look at what they list"
+        )
     loading = make("loading", config.loading)
     data: SegmentationDataModule = make("dataset", settings, ["test_subsets"], loading=loading, **whole)
     if config.action == "download":

@@ -55,7 +55,8 @@ class Prompt:
         labels: 1 of a point in the object, 0 of one beside it.
 
     Raises:
-        ValueError: it tells nothing, labels do not go with the points, or the box ends before it begins.
+        ValueError: it tells nothing, has another form, labels do not go with the points, or the box ends
+            before it begins.
     """
 
     box: tuple[float, float, float, float] | None = None
@@ -63,6 +64,13 @@ class Prompt:
     labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.box is not None:
+            object.__setattr__(
+                self, "box", _numbers(self.box, 4, "the box must be [left, top, right, bottom]")
+            )
+        points, rule = _listed(self.points, "points"), "each of the points must be [x, y]"
+        object.__setattr__(self, "points", tuple(_numbers(point, 2, rule) for point in points))
+        object.__setattr__(self, "labels", _listed(self.labels, "labels"))
         if self.box is None and not self.points:
             raise ValueError("a prompt needs a box or points")
         if len(self.points) != len(self.labels) or any(label not in (0, 1) for label in self.labels):
@@ -84,6 +92,28 @@ class Prompt:
                     f"{name}: ({x:g}, {y:g}) lies outside the image of {width} x {height} pixels; prompts "
                     "are x and y in pixels of the image as it is seen upright, from 0"
                 )
+
+
+def _numbers(values: Any, count: int, rule: str) -> tuple[float, ...]:
+    try:
+        found = [float(value) for value in values if not isinstance(value, str | bool)]
+        if len(found) == len(values) == count:
+            return tuple(found)
+    except (RuntimeError, TypeError, ValueError):  # of what is no number or, in torch's words, several
+        pass
+    raise ValueError(f"{rule}, {count} numbers, and not {_as_written(values)}")
+
+
+def _listed(values: Any, name: str) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a list, and not {_as_written(values)}") from None
+
+
+def _as_written(value: Any) -> str:
+    """Return a value as JSON has it, or in Python's words."""
+    return json.dumps(value, default=repr)
 
 
 def check_one_class(class_names: Collection[str]) -> None:
@@ -108,9 +138,14 @@ def read_prompts(path: Path) -> dict[str, list[Prompt]]:
         raise FileNotFoundError(f"prompts_file={path}: no such file; write {example}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-        return {name: _prompts(name, prompts) for name, prompts in content.items()}
-    except (AttributeError, ValueError) as error:
+        if not isinstance(content, dict):
+            raise ValueError("what is in it must be {name of an image: its prompts}")
+        prompts = {name: _prompts(name, told) for name, told in content.items()}
+    except ValueError as error:
         raise ValueError(f"prompts_file={path} cannot be understood ({error}); write {example}") from error
+    if not any(prompts.values()):
+        raise ValueError(f"prompts_file={path} tells no prompt; write {example}")
+    return prompts
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,24 +157,25 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _prompts(name: str, content: Sequence[Any]) -> list[Prompt]:
+def _prompts(name: str, content: Any) -> list[Prompt]:
     try:
+        if not isinstance(content, list):
+            raise ValueError(f"the prompts of an image must be a list, and not {_as_written(content)}")
         return [_prompt(each) for each in content]
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _prompt(content: Mapping[str, Any]) -> Prompt:
+def _prompt(content: Any) -> Prompt:
+    if not isinstance(content, dict):
+        raise ValueError(
+            f'a prompt must be {{"box": ...}} or {{"points": ...}}, and not {_as_written(content)}'
+        )
     unknown = [key for key in content if key not in KEYS]
     if unknown:
         raise ValueError(f"unknown key '{unknown[0]}', a prompt has {', '.join(KEYS)}")
-    box, points = content.get("box"), content.get("points", [])
-    left_top_right_bottom = None
-    if box is not None:
-        left, top, right, bottom = map(float, box)
-        left_top_right_bottom = (left, top, right, bottom)
-    labels = content.get("labels", [1] * len(points))
-    return Prompt(left_top_right_bottom, tuple((float(x), float(y)) for x, y in points), tuple(labels))
+    points = _listed(content.get("points", ()), "points")
+    return Prompt(content.get("box"), points, content.get("labels", [1] * len(points)))
 
 
 def component_boxes(mask: NDArray[np.uint8]) -> NDArray[np.float32]:

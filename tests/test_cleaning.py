@@ -12,6 +12,7 @@ import numpy as np
 import py_sod_metrics
 import pytest
 import rasterio
+from composed import compose
 from conftest import SMALL, Commands, plant_test_set, train_in
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from test_scenes import pixels, write_scene
 
 from convlora import adapter, evaluate, predict
 from convlora.cleaning import Cleaning, choose_cleaning
+from convlora.data.sets.folder import Folder
 from convlora.inference import Found
 from convlora.metrics.overlap import dice, iou
 from convlora.metrics.thresholds import LEVELS, best_threshold, overlap_by_level
@@ -275,6 +277,19 @@ def test_both_commands_refuse_impossible_settings(
 
 def test_several_classes_take_none_of_it() -> None:
     assert choose_cleaning(0.5, 0, False, {}, ["a", "b"], "RUN").is_idle
-    for settings in ((0.4, 0, False), (0.5, 9, False), (0.5, 0, True)):
+    for settings in (
+        (0.4, 0, False),
+        (0.5, 9, False),
+        (0.5, 0, True),
+        ("tuned", 0, False),
+        ("tune", 0, False),
+    ):
         with pytest.raises(ValueError, match="are for a foreground alone, but RUN tells 2 classes apart"):
             choose_cleaning(*settings, {}, ["a", "b"], "RUN")
+    composed = compose("evaluate", "dataset=synthetic", "checkpoint=RUN", "threshold=tune", "output=out")
+    config = evaluate.EvaluateConfig(
+        **{key: composed[key] for key in evaluate.EvaluateConfig.__annotations__}
+    )
+    data = Folder(name="mine", root=Path(), class_names=["a", "b"])
+    with pytest.raises(ValueError, match=r"but RUN tells 2 classes apart \(a, b\); leave them out"):
+        evaluate.make_tuning(config, None, data)  # type: ignore[arg-type]  # which it does not get to

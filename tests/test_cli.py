@@ -85,6 +85,9 @@ def one_line(err: str) -> str:
         (train, "dataset.batch_size=2", "dataset.batch_size has another name by now: write loading."),
         (train, "dataset.cache=ram", "dataset.cache has another name by now: write loading.cache"),
         (train, "peft.top_k=2", "peft.top_k has another name by now: write peft.gate.top_k"),
+        (train, "loss=bce_dice loss.class_weights=balanced", "loss: unknown key 'class_weights'; it takes n"),
+        (train, "prompts=0.5", "prompts=0.5 names no file of conf/prompts; there are default; a setting in "
+         "it is given as prompts.box=0.5"),
         (train, "model.head=per_class", "model.head has another name by now: write head"),
         (train, "early_stopping.patience=3", "early_stopping has another name by now: write callbacks."),
         (train, "ckpt_path=last", "ckpt_path has another name by now: write resume=RUN"),

@@ -195,7 +195,15 @@ def test_an_encoder_of_another_image_size_is_refused_by_it_where_it_was_trained_
             ["dataset=folder", "model=sam_tiny", "loading.channels=[3,2,1]"],
             "was trained with loading.channels=null; set that",
         ),
-        (["init=nowhere"], "no adapter at nowhere"),
+        (["init=nowhere"], "error: init=nowhere: no adapter at nowhere; a training run leaves one, name"),
+        (
+            ["init="],
+            "error: init= names no adapter; set init=RUN, the folder of a training run, or leave it out",
+        ),
+        (
+            ["model.image_size=128"],
+            "is of other random weights, which follow from the size: model.image_size was",
+        ),
         (["init=first/last.ckpt"], "is a checkpoint to go on from and no adapter"),
     ],
 )

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import cv2
@@ -219,6 +220,7 @@ def test_devices_share_the_images_out(cli: Commands, checkpoint: str) -> None:
     ("argument", "message"),
     [
         ("devices=0", "devices=0 must be at least 1"),
+        ("devices=999 device=cpu", f"has {os.cpu_count()} CPU cores, and each process takes one; set"),
         ("tile=48", "tile=48 has no effect, since no image is cut; add tiles=true"),
         ("polygons=true", "polygons=true is for GeoTIFF, but in/a.png is none; leave that out"),
     ],
@@ -227,7 +229,7 @@ def test_settings_without_effect_are_refused(
     cli: Commands, checkpoint: str, argument: str, message: str
 ) -> None:
     photo(Path("in/a.png"))
-    done = cli(predict, checkpoint, "input=in", "output=out", argument)
+    done = cli(predict, checkpoint, "input=in", "output=out", *argument.split())
     assert (done.code, message in done.err) == (1, True), done.err
     assert not Path("out").exists()
 

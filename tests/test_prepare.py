@@ -275,6 +275,7 @@ def test_a_folder_of_ones_own_is_checked_with_its_classes(cli: Commands, tmp_pat
     ("arguments", "message"),
     [
         (["dataset=isic2017", "action=chekc"], "action=chekc must be download, check or split"),
+        (["dataset=isic2017", "dataset.lists=fold"], "dataset.lists=fold has no effect with action=download"),
         (["dataset=folder", "data_root=nowhere"], "neither images nor splits in nowhere"),
         (["dataset=nc4k", "action=check"], "nc4k: no Imgs under data/TestDataset/NC4K; run"),
         ([], "dataset"),

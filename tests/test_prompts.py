@@ -397,9 +397,10 @@ def test_sam_as_it_is_is_scored_and_a_row_of_the_report(cli: Commands, run: Path
     assert done.code == 0, done.err
     assert "has random weights, so its scores mean nothing" in done.out
     assert json.loads(Path("plain/scores.json").read_text())["checkpoint"] is None
-    assert cli(evaluate, *model, *data, "output=box", "protocol=box").code == 0
-    assert cli(evaluate, *model, *data, "output=strict", "protocol=box", "threshold=0.9").code == 0
-    assert cli(evaluate, *model, *data, "output=again", "protocol=box", "seed=1").code == 0
+    box = (*model, *data, "protocol=box")
+    assert cli(evaluate, *box, "output=box", "resize=longest_side").code == 0
+    assert cli(evaluate, *box, "output=strict", "threshold=0.9").code == 0
+    assert cli(evaluate, *box, "output=again", "resize=longest_side", "seed=1").code == 0
     made = cli(report, f"runs=[{run},plain,box,strict,again]", "output=report")
     assert made.code == 0, made.err
     with Path("report/report.csv").open(newline="") as file:
@@ -516,15 +517,31 @@ def test_a_prompt_outside_its_image_costs_that_image_alone(cli: Commands, run: P
     [
         ('{"d.png": [{"box": [0, 0, 5, 5]}]}', "no image of the input is called d.png"),
         ('{"a.png": [{"bbox": [0, 0, 5, 5]}]}', "unknown key 'bbox', a prompt has box, points, labels"),
-        ('{"a.png": [{"box": [0, 0, 5]}]}', "cannot be understood"),
-        ('["a.png"]', "cannot be understood"),
+        (
+            '{"a.png": [{"box": [0, 0, 5]}]}',
+            "(a.png: the box must be [left, top, right, bottom], 4 numbers, and not [0, 0, 5]); write {",
+        ),
+        ('{"a.png": [{"box": [0, 0, "5", 5, 5]}]}', '4 numbers, and not [0, 0, "5", 5, 5]); write {'),
+        (
+            '{"a.png": [{"points": [50, 60]}]}',
+            "each of the points must be [x, y], 2 numbers, and not 50); write",
+        ),
+        ('{"a.png": [{"points": 50}]}', "(a.png: points must be a list, and not 50); write {"),
+        (
+            '{"a.png": [null]}',
+            '(a.png: a prompt must be {"box": ...} or {"points": ...}, and not null); write {',
+        ),
+        ('{"a.png": {"box": [0, 0, 5, 5]}}', "(a.png: the prompts of an image must be a list, and not {"),
+        ('["a.png"]', "(what is in it must be {name of an image: its prompts}); write {"),
+        ("{}", "prompts_file=p.json tells no prompt; write {"),
+        ('{"a.png": []}', "prompts_file=p.json tells no prompt; write {"),
         ("{", "cannot be understood"),
         ('{"a.png": [], "a.png": []}', "'a.png' is there twice, join the two"),
-        ('{"a.png": [], "./a.png": []}', "no image of the input is called ./a.png"),
+        ('{"a.png": [{"box": [0, 0, 5, 5]}], "./a.png": []}', "no image of the input is called ./a.png"),
         ('{"a.png": [{"points": [[1, 2]], "labels": [1, 0]}]}', "a.png: 1 points have the labels [1, 0]"),
         ('{"a.png": [{"points": [[1, 2]], "labels": [2]}]}', "a.png: 1 points have the labels [2]"),
         ('{"a.png": [{"points": [[1, 2]], "labels": [[1]]}]}', "a.png: 1 points have the labels [[1]]"),
-        ('{"a.png": [{"points": [[1, 2]], "labels": 1}]}', "cannot be understood (a.png: "),
+        ('{"a.png": [{"points": [[1, 2]], "labels": 1}]}', "(a.png: labels must be a list, and not 1); "),
         ('{"a.png": [{}]}', "a.png: a prompt needs a box or points"),
         ('{"a.png": [{"box": [9, 9, 5, 5]}]}', "a.png: the box [9.0, 9.0, 5.0, 5.0] ends before it begins"),
         (None, 'prompts_file=p.json: no such file; write {"a.jpg"'),
@@ -596,3 +613,16 @@ def test_prompts_are_for_one_class(cli: Commands, tiny: SamViT) -> None:
         predict.with_prompts(prediction(), [], {}, ["a", "b", "c"])
     with pytest.raises(ValueError, match="prompts tell one object from the rest"):
         predictor.prompt(np.zeros((9, 9, 3), np.uint8), [Prompt(box=(0, 0, 5, 5))])
+
+
+def test_prompts_in_python_are_numbers_of_any_kind_and_come_in_a_list(tiny: SamViT) -> None:
+    points = torch.tensor([[1, 2]])
+    told = Prompt(np.array([0, 1, 5, 5]), points, [1])  # type: ignore[arg-type]
+    assert told == Prompt((0.0, 1.0, 5.0, 5.0), ((1.0, 2.0),), (1,))
+    with pytest.raises(ValueError, match=r"^the box must be .* 4 numbers, and not \[1, 2\]$"):
+        Prompt([1, 2])  # type: ignore[arg-type]
+    predictor = Predictor(Segmenter(tiny.build(), DecoderOnly(), PerClass(), 1), SquareResize(32),
+                          {"object": [0, 0, 0]}, torch.no_grad)  # fmt: skip
+    for prompts in (told, [{"box": [0, 0, 5, 5]}]):
+        with pytest.raises(TypeError, match=r"must be a list of Prompt, as \[Prompt\(box="):
+            predictor.prompt(np.zeros((9, 9, 3), np.uint8), prompts)  # type: ignore[arg-type]

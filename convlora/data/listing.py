@@ -1,7 +1,7 @@
 """Pairs of images and masks, found in folders or listed in a CSV."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from convlora.data.images import list_images
@@ -45,6 +45,23 @@ def refuse(name: str, complaint: str, files: Sequence[str]) -> None:
             f"{name}: {complaint.format(len(files))}: {', '.join(files[:3])}; add or remove files so that "
             "each image has one mask of its stem"
         )
+
+
+def refuse_overlap(name: str, split: str, images: Mapping[str, Collection[str]]) -> None:
+    """Raise ValueError if an image of a split is in another one too.
+
+    Args:
+        name: of the data set.
+        split: whose images are held against the others'.
+        images: what names the images of each split.
+    """
+    for other in images:
+        both = sorted({*images[split]} & {*images[other]}) if other != split else []
+        if both:
+            raise ValueError(
+                f"{name}: {len(both)} images are in both {split} and {other}, first {both[0]}; list each "
+                "image in one split only"
+            )
 
 
 def csv_pairs(csv_path: Path, root: Path | None = None) -> list[Pair]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -130,6 +131,10 @@ class SegmentationDataModule(LightningDataModule, ABC):
     @abstractmethod
     def pairs(self, split: Split) -> list[Pair]:
         """List the files of a split, without opening them."""
+
+    def listing(self, split: Split) -> Path | None:
+        """Return the user's own file that lists a split, which errors name; None where there is none."""
+        return None
 
     def files(self, pair: Pair) -> list[Path]:
         """Return the files that a pair is read from, which must exist."""
@@ -298,20 +303,25 @@ class SegmentationDataModule(LightningDataModule, ABC):
         )
 
     def _check(self, split: Split, pairs: list[Pair]) -> None:
+        listing = self.listing(split)
         if not pairs:
-            raise ValueError(
-                f"{self.name}: {split} lists no images under {self.root}; add some or choose another root"
-            )
+            way_out = "add some or choose another root" if listing is None else f"write some to {listing}"
+            raise ValueError(f"{self.name}: {split} lists no images under {self.root}; {way_out}")
         files = [file for pair in pairs for file in self.files(pair)]
         missing = [str(file) for file in files if not file.is_file()]
         if missing:
+            way_out = f"unpack the data set under {self.root} again"
+            if listing is not None:
+                way_out = f"correct {listing}, whose paths start at {self.root}"
             raise FileNotFoundError(
                 f"{self.name}: {len(missing)} of {len(files)} files of {split} are missing: "
-                f"{', '.join(missing[:3])}; unpack the data set under {self.root} again"
+                f"{', '.join(missing[:3])}; {way_out}"
             )
-        image, count = Counter(pair.image for pair in pairs).most_common(1)[0]
+        image, count = Counter(Path(os.path.normpath(pair.image)) for pair in pairs).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"{self.name}: {split} lists {image} {count} times; list each image once")
+            raise ValueError(
+                f"{self.name}: {listing or split} lists {image} {count} times; list each image once"
+            )
 
 
 def _fingerprint(file: Path) -> tuple[int, int]:

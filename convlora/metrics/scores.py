@@ -1,5 +1,6 @@
 """Scores of single images as torchmetrics: sums over images, so that batches and ranks add up exactly."""
 
+import difflib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -90,14 +91,14 @@ class Scores(MetricCollection):
         primary: the one that chooses the best checkpoint and ranks images.
         mode: `max` where a greater primary score is better, else `min`.
         scores: name -> dotted path of a function of one image, whose mean is taken under that name, or of a
-            `Sums` class, or a `Sums`, whose scores have their own names.
+            `Sums` class, or a `Sums`, whose scores have their own names; all else is refused by name.
         class_names: of the data set.
         validate: names of the scores that a validation computes beside the primary one; all of them would
             hold up the training.
 
     Raises:
-        ValueError: a path names no score, two scores have one name, there is no such primary or other score,
-            or the scores are not for that many classes.
+        ValueError: what is given is no score, two scores have one name, there is no such primary or other
+            score, or the scores are not for that many classes.
     """
 
     names: list[str]
@@ -106,10 +107,19 @@ class Scores(MetricCollection):
         self,
         primary: str,
         mode: str,
-        scores: Mapping[str, str | Sums],
+        scores: Mapping[str, Any],
         class_names: Sequence[str] = ("foreground",),
         validate: Sequence[str] = (),
     ):
+        for name, score in scores.items():
+            if not isinstance(score, str | Sums):  # what is set of a score that is not there
+                others = [other for other in scores if other != name]
+                near = difflib.get_close_matches(name, others, n=1)
+                hint = f"did you mean metrics.scores.{near[0]}? " if near else ""
+                raise ValueError(
+                    f"metrics.scores.{name}={score} is no score; {hint}there are {', '.join(others)}, and "
+                    f"metrics.scores.{name}=PATH adds another by its dotted path"
+                )
         metrics: dict[str, Any] = {name: _metric(name, score, class_names) for name, score in scores.items()}
         for name, metric in metrics.items():
             if metric.multi_class != (len(class_names) > 1):

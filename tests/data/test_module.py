@@ -12,7 +12,7 @@ from PIL import Image
 
 from convlora.data.listing import csv_pairs
 from convlora.data.loading import Loading
-from convlora.data.module import Batch, Pair, SegmentationDataModule, Split
+from convlora.data.module import Batch, Pair, SegmentationDataModule, Source, Split
 from convlora.data.samples import EpochSampler
 from convlora.data.sets.csv_listed import CsvListed
 from convlora.data.transforms import LongestSideResize, Resize, SquareResize
@@ -242,6 +242,50 @@ def test_lists_of_a_fold_stand_for_those_of_the_archive(tmp_path: Path) -> None:
     assert fold.pairs("train") == [Pair(tmp_path / "fold_train.jpg", tmp_path / "train.png")]
     with pytest.raises(FileNotFoundError, match=r"x: no val\.csv in dataset\.lists=.*fold; a list of each"):
         fold.pairs("val")
+    elsewhere = data(lists=str(tmp_path / "fold"), root=tmp_path / "none")
+    with pytest.raises(
+        FileNotFoundError, match=r"x: no images under .*none; run `python -m convlora\.prepare"
+    ):
+        elsewhere.setup("test")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", r"x: test lists no images under .*; write some to .*fold/test\.csv"),
+        (
+            "0.png,0_mask.png\n99.png,0_mask.png",
+            r"1 of 4 files of test are missing: .*99\.png; correct .*fold/test",
+        ),
+        (
+            "0.png,0_mask.png\nfold/../0.png,0_mask.png",
+            r"fold/test\.csv lists .*0\.png 2 times; list each image once",
+        ),
+        (
+            "0.png,0_mask.png\nfold/../1.png,1_mask.png",
+            r"1 images are in both .*fold/test.csv and .*fold/train.csv, fir",
+        ),
+    ],
+)
+def test_mistakes_in_a_list_of_ones_own_name_the_list(root: Path, rows: str, message: str) -> None:
+    fold = root / "fold"
+    fold.mkdir()
+    (fold / "train.csv").write_text("image,label\n1.png,1_mask.png\n")
+    (fold / "test.csv").write_text(f"image,label\n{rows}\n")
+    source = Source(images={"train": 7})
+    data = CsvListed(name="x", root=root, class_names=["a"], lists=str(fold), source=source)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        data.setup("test")
+    (fold / "test.csv").write_text("image,label\n0.png,0_mask.png\n")
+    data.setup("test")
+    (fold / "val.csv").write_text("image,label\n2.png,2_mask.png\n")
+    assert data.incomplete() == []  # a fold has not as many as were published
+
+
+def test_the_lists_of_an_archive_are_taken_as_they_were_published(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / f"{split}.csv").write_text("image,label\n0.png,0_mask.png\n")
+    assert len(CsvListed(name="x", root=root, class_names=["a"]).pairs("train")) == 1
 
 
 @pytest.mark.parametrize(

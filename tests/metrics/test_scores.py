@@ -394,6 +394,10 @@ def test_no_image_gives_no_number() -> None:
     ("changes", "message"),
     [
         ({"scores": {"dice": "convlora.metrics.overlap.dcie"}}, r"scores\.dice: there is no convlora.*dcie"),
+        (
+            {"scores": {"relaxed": "convlora.metrics.roads.Relaxed", "relaxd": {"buffer": 3}}},
+            r"^metrics\.scores\.relaxd={'buffer': 3} is no score; did you mean metrics\.scores\.relaxed\?",
+        ),
         ({"scores": {"dice": "pathlib.Path"}}, r"scores\.dice: pathlib\.Path is no score"),
         (
             {"scores": dict.fromkeys(("a", "b"), "convlora.metrics.overlap.Pooled")},

@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 
 from convlora.data.images import IMAGE_SUFFIXES
-from convlora.data.listing import by_stem, csv_pairs, matched, refuse
+from convlora.data.listing import by_stem, csv_pairs, matched, refuse, refuse_overlap
 from convlora.data.module import SPLITS, Pair, SegmentationDataModule, Split
 
 
@@ -26,6 +26,10 @@ class Folder(SegmentationDataModule):
         """The splits found, of a folder without any the test set."""
         return tuple(split for split in SPLITS if self._has(split)) or ("test",)
 
+    def listing(self, split: Split) -> Path | None:
+        """Return the list of a split; None where folders give it."""
+        return next((path for path in self._places(split)[:2] if path.is_file()), None)
+
     def pairs(self, split: Split) -> list[Pair]:
         """List a split by the first layout found.
 
@@ -38,7 +42,7 @@ class Folder(SegmentationDataModule):
             raise FileNotFoundError(
                 f"{self.name}: neither images nor splits in {self.root}; set data_root=YOUR_FOLDER"
             )
-        self._refuse_overlap(split)
+        refuse_overlap(self.name, split, {each: self._named(each) for each in SPLITS})
         if (listing := self.root / f"{split}.csv").is_file():
             return csv_pairs(listing)
         if (listing := self.root / f"{split}.txt").is_file():
@@ -116,17 +120,7 @@ class Folder(SegmentationDataModule):
         refuse(self.name, f"{listing}: {{}} images have no mask", without)
         return [Pair(images[_stem(name)], masks[_stem(name)]) for name in names]
 
-    def _refuse_overlap(self, split: Split) -> None:
-        own = self._listing(split)
-        for other in SPLITS:
-            both = sorted(own & self._listing(other)) if other != split else []
-            if both:
-                raise ValueError(
-                    f"{self.name}: {len(both)} images are in both {split} and {other}, first {both[0]}; list "
-                    "each image in one split only"
-                )
-
-    def _listing(self, split: Split) -> set[str]:
+    def _named(self, split: Split) -> set[str]:
         # by name alone: the images of another split need not be on this machine
         if (listing := self.root / f"{split}.csv").is_file():
             return {

@@ -124,7 +124,7 @@ def test_test_split_needs_no_training_images(tmp_path: Path) -> None:
 def test_image_listed_twice_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, "a")
     (tmp_path / "test.txt").write_text("a\na.png\n")
-    with pytest.raises(ValueError, match=r"test lists .*a\.png 2 times"):
+    with pytest.raises(ValueError, match=r"test\.txt lists .*a\.png 2 times"):
         folder(tmp_path).setup("test")
 
 
