@@ -194,19 +194,18 @@ def test_a_tuned_threshold_is_kept_and_used_when_asked_for(cli: Commands, run: P
     best = plant_masks(adapter.load(run).predict(paths), masks)
     state = (run / "adapter.safetensors").read_bytes()[-1000:]
     for score, threshold in best.items():
-        done = cli(
-            evaluate, *common, "threshold=tune", "smallest=9", f"metrics.primary={score}", "output=tune"
-        )
+        tune = ("threshold=tune", "smallest=9", f"metrics.primary={score}", f"output={score}")
+        done = cli(evaluate, *common, *tune)
         assert done.code == 0, done.err
         with safe_open(run / "adapter.safetensors", "pt") as file:
             kept = file.metadata()
         assert float(kept["threshold"]) == threshold
         assert kept["threshold_by"] == f"{score} of folder's validation images"
-        cleaning = json.loads(Path("tune/scores.json").read_text())["cleaning"]
+        cleaning = json.loads(Path(score, "scores.json").read_text())["cleaning"]
         assert cleaning == {"threshold": threshold, "smallest": 9, "fill_holes": False}
     assert (run / "adapter.safetensors").read_bytes()[-1000:] == state
     assert cli(evaluate, *common, "threshold=tuned", "smallest=9", "output=again").code == 0
-    again, first = (json.loads(Path(name, "scores.json").read_text()) for name in ("again", "tune"))
+    again, first = (json.loads(Path(name, "scores.json").read_text()) for name in ("again", score))
     assert again["dice"] == first["dice"]
     mask = adapter.load(run).predict("mine/test/images/0.jpg").prob / 255 >= threshold
     source = "input=mine/test/images"
