@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,11 @@ class Run:
         return " ".join(self.arguments.get(key, "") for key in ("data_root", "dataset.root")).strip()
 
     @property
-    def listing(self) -> dict[str, Any]:
+    def listing(self) -> str:
         """All else that says what its images are."""
         settings = {**LATER, **self.settings}
-        return {key: settings[key] for key in settings if key.startswith("dataset.") and matters(key)}
+        listing = {key: settings[key] for key in settings if key.startswith("dataset.") and matters(key)}
+        return json.dumps(listing, default=str)
 
     @property
     def tests(self) -> dict[str, Mapping[str, Any]]:
@@ -179,8 +180,7 @@ def by_setting(runs: Sequence[Run]) -> tuple[list[str], dict[tuple[str, ...], li
     Returns:
         The arguments by which they differ otherwise, of those that may change a result, and the runs by the
         values of these, empty where one was not given. Where runs with the same arguments learnt from other
-        images, the last argument is `images`: the folder that they lie in or, where its content has changed,
-        their number and hash.
+        images, the last argument is `images`, which tells these.
     """
     keys = [
         key
@@ -212,27 +212,21 @@ def _by(keys: Sequence[str], runs: Sequence[Run]) -> dict[tuple[str, ...], list[
 def _name_images(runs: Sequence[Run]) -> list[str]:
     """Return what the images of each run are called, of runs that have the same arguments but for the folder.
 
-    The same images may lie in several folders. Those that follow from the seed, as of the folds of a
-    cross-validation by `dataset.lists` or the folder, have one name.
+    All have one name where `dataset.lists` follows from the seed, as folds of a cross-validation do; where
+    the folder does, its name is what the command says. Others are called by the first folder that they were
+    found in, and by their number and hash.
     """
-    lists = {json.dumps(run.listing, default=str) for run in runs}
-    if len(lists) > 1 or len({run.images for run in runs}) == 1:
-        return [runs[0].root] * len(runs)
-    places = _sets((run.given_root, run.root) for run in runs)
-    follow = {given for given, roots in places.items() if len(roots) > 1}
-    kinds = [run.given_root if run.given_root in follow else run.images for run in runs]
-    roots = [run.given_root if run.given_root in follow else run.root for run in runs]
-    owners = _sets(zip(roots, kinds, strict=True))
-    first = dict(zip(reversed(kinds), reversed(roots), strict=True))
-    return [first[kind] if len(owners[first[kind]]) == 1 else kind for kind in kinds]
-
-
-def _sets(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
-    """Return the second members by the first."""
-    found: dict[str, set[str]] = {}
-    for first, second in pairs:
-        found.setdefault(first, set()).add(second)
-    return found
+    if len({run.listing for run in runs}) > 1 or len({run.images for run in runs}) == 1:
+        return [""] * len(runs)
+    roots: dict[str, set[str]] = {}
+    first: dict[str, str] = {}
+    for run in runs:
+        roots.setdefault(run.given_root, set()).add(run.root)
+        first.setdefault(run.images, run.root)
+    return [
+        run.given_root if len(roots[run.given_root]) > 1 else f"{first[run.images]}: {run.images}"
+        for run in runs
+    ]
 
 
 def rank(groups: Mapping[tuple[str, ...], Sequence[Run]]) -> list[tuple[str, ...]]:

@@ -231,8 +231,8 @@ def save_and_test(parts: Parts, folder: Path, trainer: Trainer, task: Segmentati
     stopping = [each for each in trainer.early_stopping_callbacks if each.stopped_epoch]
     if trainer.is_global_zero and stopping:
         console.print(
-            f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs}, since "
-            f"{stopping[0].monitor} got no better (callbacks.early_stopping)"
+            f"stopped after epoch {trainer.current_epoch} of {trainer.max_epochs} by "
+            f"callbacks.early_stopping, which follows {stopping[0].monitor}"
         )
     if best.best_model_path:
         task.load_state_dict(read_checkpoint(Path(best.best_model_path))["state_dict"])

@@ -4,7 +4,9 @@ import re
 
 import pytest
 import yaml
+from composed import compose
 from conftest import ROOT, Commands
+from omegaconf import OmegaConf
 
 from convlora import train
 
@@ -90,3 +92,16 @@ def test_experiment_names_its_command_and_the_papers_value(name: str) -> None:
     assert f"python -m convlora.train -m experiment=paper/{name} seed=0,1,2" in header
     assert re.search(r"# Hardware and hours: .*expected value: ", header)
     assert re.search(r"# Paper, three seeds: .*\d\d?\.\d", header)
+
+
+def test_the_forms_of_the_evidence_share_all_but_the_method() -> None:
+    """And the sweep over learning rates tries forms that there are."""
+    folder = ROOT / "conf/experiment/evidence"
+    names = [path.stem for path in folder.glob("*.yaml")]
+    forms = [OmegaConf.to_container(compose("train", f"experiment=evidence/{name}")) for name in names]
+    methods = [form.pop("peft") for form in forms]
+    assert all(method not in methods[:place] for place, method in enumerate(methods))
+    assert all(form == forms[0] for form in forms)
+    assert (forms[0]["model"]["name"], forms[0]["trainer"]["max_epochs"]) == ("sam_vit_tiny", 5)
+    sweep = compose("train", "sweep=evidence/learning_rates", return_hydra_config=True).hydra.sweeper.params
+    assert {name.partition("/")[2] for name in sweep["experiment"].split(",")} <= {*names}

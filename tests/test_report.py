@@ -217,13 +217,13 @@ def test_runs_are_seeds_of_one_setting_only_if_they_learnt_from_the_same_images(
 
     here, there = "data_root=here", "data_root=there"
     assert settings((here, "here", "8 (a)"), (there, "there", "8 (b)"), (here, "here", "8 (a)")) == [
-        ("images=here", 2),
-        ("images=there", 1),
+        ("images=here: 8 (a), 2 (2f)", 2),
+        ("images=there: 8 (b), 2 (2f)", 1),
     ]
     assert settings((here, "here", "8 (a)"), (there, "there", "8 (a)")) == [("defaults", 2)]
     assert settings((here, "here", "8 (a)"), (here, "here", "9 (b)")) == [
-        ("images=8 (a), 2 (2f)", 1),
-        ("images=9 (b), 2 (2f)", 1),
+        ("images=here: 8 (a), 2 (2f)", 1),
+        ("images=here: 9 (b), 2 (2f)", 1),
     ]
     folds = "dataset.lists=folds/${seed}"
     moved = ((f"{folds} data_root={i}", str(i), f"8 ({i})") for i in range(3))
@@ -232,7 +232,7 @@ def test_runs_are_seeds_of_one_setting_only_if_they_learnt_from_the_same_images(
     assert settings(*((folds, f"folds/{i}", f"8 ({i})") for i in range(3))) == [("defaults", 3)]
     assert settings((folds, "folds/0", "8 (0)"), (folds, "folds/1", "8 (1)"), (here, "here", "8 (2)")) == [
         ("images=folds/${seed}", 2),
-        ("images=here", 1),
+        ("images=here: 8 (2), 2 (2f)", 1),
     ]
     same = ((folds, "folds/0", "8 (a)"), (folds, "folds/1", "8 (a)"), (here, "here", "8 (a)"))
     assert settings(*same) == [("defaults", 3)]

@@ -281,7 +281,7 @@ def test_early_stopping_keeps_the_best_epoch(cli: Commands) -> None:
     done = cli(train, *QUIET, "run_dir=run", "trainer.max_epochs=9", "callbacks.early_stopping.patience=1",
                "+callbacks.early_stopping.min_delta=1")  # fmt: skip
     assert done.code == 0, done.err
-    assert "stopped after epoch 2 of 9, since val/dice got no better" in done.out
+    assert "stopped after epoch 2 of 9 by callbacks.early_stopping, which follows val/dice" in done.out
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["epochs"] == 2
     with Path("run/metrics.csv").open() as file:
