@@ -8,6 +8,7 @@ for name in (
     "attention",
     "step",
     "gates",
+    "evidence",
     "memory",
     "predict",
     "folder",

@@ -109,14 +109,14 @@ def make_step(setting: Setting, method: Method, released: bool = False) -> Calla
     return step
 
 
-def memory_on_cpu(setting: Setting, name: str) -> float:
+def memory_on_cpu(setting: Setting, method: Method, released: bool = False) -> float:
     """Return the peak of a process that takes two steps, MiB."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_memory_of_process, (setting, name))
+        return pool.apply(_memory_of_process, (setting, method, released))
 
 
-def _memory_of_process(setting: Setting, name: str) -> float:
-    step = make_step(setting, METHODS[name], name == "released")
+def _memory_of_process(setting: Setting, method: Method, released: bool) -> float:
+    step = make_step(setting, method, released)
     for _ in range(2):
         step()
     return memory("VmHWM")
@@ -128,7 +128,8 @@ def on_cpu(setting: Setting, names: list[str], rounds: int) -> list[dict[str, An
     taken = alternate(steps, rounds, "cpu")
     rows = []
     for name in names:
-        row = {"form": name, "s": statistics.median(taken[name]), "MiB": memory_on_cpu(setting, name)}
+        peak = memory_on_cpu(setting, METHODS[name], name == "released")
+        row = {"form": name, "s": statistics.median(taken[name]), "MiB": peak}
         rows.append(label(setting) | row | {f"over {to}": ratio(taken, name, to) for to in names})
     return rows
 

@@ -7,56 +7,19 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMALL, Commands
-from numpy.typing import ArrayLike
+from ended import IMAGES, drawn, plant
 from PIL import Image
 
 from convlora import page, report, results, train
 from convlora.comparison import compare, extremes, grids, notes, unlike
-from convlora.results import Run, difference, interval
-from convlora.run import METRICS, SCORES, SUMMARY, write_json, write_record, write_rows
-
-IMAGES = 12
-
-
-def plant(
-    folder: Path,
-    arguments: str,
-    seed: int,
-    images: ArrayLike,
-    settings: Mapping[str, object] | None = None,
-    dataset: str = "kvasir",
-    training: str = "8 (1f)",
-    **scores: float,
-) -> Run:
-    """A run that has ended with these scores of its test images, as far as a report looks at it."""
-    folder.mkdir(parents=True)
-    values = np.asarray(images, float)
-    best = {"monitor": "val/dice", "mode": "max"}
-    config = {"callbacks": {"best": best}, "seed": seed, **(settings or {})}
-    write_record(folder, [*arguments.split(), f"seed={seed}"], config)
-    rows = {f"{i:03}.png": {"dice": value, "ber": value} for i, value in enumerate(values.tolist())}
-    write_rows(folder / "images.csv", "image", rows)
-    test = {"loss": 0.5, "dice": float(values.mean()), **scores}
-    costs = {"fit_seconds": 10.0 + seed, "trainable_parameters": 1000 + 10 * len(arguments)}
-    validation = {"val/dice": float(values.mean())}
-    facts = {"dataset": dataset, "training images": training, "validation images": "2 (2f)"}
-    write_json(folder / SUMMARY, {**facts, "test": test, "test_sets": {}, **validation, **costs})
-    (folder / METRICS).write_text("epoch,step,train/loss,val/dice\n0,4,0.5,\n0,9,,0.25\n1,19,,0.5\n")
-    found = results.read(folder)
-    assert found is not None
-    return found
-
-
-def drawn(seed: int, shift: float = 0.0, spread: float = 0.1) -> list[float]:
-    rng = np.random.default_rng(seed)
-    base = np.random.default_rng(0).uniform(0.3, 0.7, IMAGES)
-    return (base + shift + rng.normal(0, spread, IMAGES)).tolist()
+from convlora.results import difference, interval
+from convlora.run import METRICS, SCORES, write_json, write_record, write_rows
 
 
 def rows(path: Path) -> list[dict[str, str]]:
