@@ -275,8 +275,9 @@ def test_structure_loss_of_an_empty_mask_falls_with_the_false_area() -> None:
     assert StructureLoss()(quiet, mask) < 0.5 < StructureLoss()(loud, mask)
 
 
-def test_local_mean_equals_the_square_window() -> None:
-    masks = torch.rand(2, 1, 37, 50)
+@pytest.mark.parametrize("size", [(37, 50), (8, 40)])
+def test_local_mean_equals_the_square_window(size: tuple[int, int]) -> None:
+    masks = (torch.rand(2, 1, *size) > 0.5).float()
     expected = torch.nn.functional.avg_pool2d(masks, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2)
     torch.testing.assert_close(local_mean(masks), expected)
 
