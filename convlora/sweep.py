@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 from rich.console import Console
 from rich.table import Table
 
@@ -43,6 +43,11 @@ class Sweep(Callback):
     """Tells at the beginning of a sweep how to go on with it, and in the end how its jobs ended."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Let the command's values stand for those of `sweep=`, and tell where the sweep is."""
+        given = {each.lstrip("+").partition("=")[0] for each in config.hydra.overrides.task}
+        if tried := config.hydra.sweeper.get("params"):
+            with read_write(config):  # Hydra takes key and ++key for two, and would try all values of both
+                config.hydra.sweeper.params = {key: tried[key] for key in tried if key not in given}
         folder = config.hydra.sweep.dir
         for path in Path(folder).glob(f"*/{FAILED}"):  # of jobs that this command may not try again
             path.unlink()

@@ -135,12 +135,19 @@ def test_a_sweep_of_conf_tries_settings_that_there_are(cli: Commands, name: str)
     params = compose("train", f"sweep={name}", return_hydra_config=True).hydra.sweeper.params
     tried = math.prod(len(values.split(",")) for key, values in params.items() if key != "seed")
     given = ["model=sam_tiny", *(["dataset=synthetic"] if name != "data_sets" else [])]
-    given += ["hydra.sweeper.params.seed=0"] if params.get("seed") == "0,1,2" else []
+    given += ["seed=0"] if params.get("seed") == "0,1,2" else []
     done = cli(train, "-m", *given, f"sweep={name}", "dry_run=true", "sweep_dir=sweep")
     assert done.code == 0, done.err
     assert done.out.count("run folder") == tried
     alone = cli(train, f"sweep={name}", "dry_run=true")
     assert (alone.code, alone.err.splitlines()[-1]) == (1, "error: sweep=... is for several runs; add -m")
+
+
+def test_values_of_the_command_stand_for_those_of_the_sweep(cli: Commands) -> None:
+    given = ("optimizer.lr=0.25,0.5", "peft=lora", "dataset=synthetic", "dry_run=true", "sweep_dir=sweep")
+    done = cli(train, "-m", "sweep=learning_rates", *given)
+    assert done.code == 0, done.err
+    assert [done.out.count(each) for each in ("run folder", "AdamW(lr=0.25", "AdamW(lr=0.5")] == [2, 1, 1]
 
 
 def test_the_search_of_wandb_varies_settings_that_there_are(cli: Commands) -> None:
