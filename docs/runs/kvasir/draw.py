@@ -1,27 +1,42 @@
 """Draw methods beside each other: `python docs/runs/kvasir/draw.py CSV OUTPUT.jpg TITLE=RUN [TITLE=RUN ...]`.
 
-The rows are every n-th image of the CSV from the first on, so that there are `ROWS` of them.
+The rows are every n-th image of the CSV from the first on, so that there are `ROWS` of them. Before the runs
+comes the SAM that they started from, as it is.
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from convlora.adapter import load
+from convlora.adapter import load, open_file
+from convlora.build import make_segmenter
 from convlora.data.images import read_image
 from convlora.data.listing import csv_pairs
 from convlora.data.masks import read_binary
 from convlora.draw import draw_contours
+from convlora.heads import SamsOwn
+from convlora.inference import Predictor
 from convlora.metrics.overlap import dice
+from convlora.peft.selective import DecoderOnly
 
 ROWS = 4
 
 
+def as_it_is(run: str) -> Predictor:
+    """Return SAM without what a run has trained, at the same size."""
+    file = open_file(run, None, None)
+    segmenter, _ = make_segmenter(file.backbone, DecoderOnly(), SamsOwn(), 1)
+    return Predictor(segmenter.eval(), file.resize, file.class_colors, nullcontext)
+
+
 def main() -> None:
-    """Draw image, truth, and what each run finds with its Dice."""
+    """Draw image, truth, and what SAM and each run find with its Dice."""
     listing, output, *runs = sys.argv[1:]
-    predictors = {title: load(run) for title, run in (each.rsplit("=", 1) for each in runs)}
+    folders = dict(each.rsplit("=", 1) for each in runs)
+    predictors: dict[str, Predictor] = {"SAM as it is": as_it_is(next(iter(folders.values())))}
+    predictors |= {title: load(folder) for title, folder in folders.items()}
     pairs = csv_pairs(Path(listing))
     chosen = pairs[:: len(pairs) // ROWS][:ROWS]
     columns = 2 + len(predictors)
