@@ -36,7 +36,7 @@ class StructureLoss(nn.Module):
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         logits, target, valid = _binary(logits, masks)
         # an ignored neighbour is taken for what the pixel itself is, so that it makes no boundary
-        around = local_mean(target) + target * local_mean(1 - valid)
+        around = local_mean(target > 0) + target * local_mean(valid == 0)
         weights = valid * (1 + BOUNDARY_GAIN * (around - target).abs())
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         cross_entropy = weighted_mean(cross_entropy, weights if self.boundary_weighted else valid)
@@ -308,7 +308,7 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def local_mean(masks: Tensor) -> Tensor:
-    """Return the mean over a square neighbourhood of masks of 0 and 1 [n, c, h, w], zeros beyond the border.
+    """Return the share of a square neighbourhood that masks cover, bool [n, c, h, w]; none beyond the border.
 
     It takes differences of running sums, whose cost does not grow with the neighbourhood. Sums of integers
     are exact, and alike at each run on a GPU.

@@ -46,8 +46,9 @@ class Sweep(Callback):
         """Let the command's values stand for those of `sweep=`, and tell where the sweep is."""
         given = {each.lstrip("+").partition("=")[0] for each in config.hydra.overrides.task}
         if tried := config.hydra.sweeper.get("params"):
+            kept = {key: tried[key] for key in tried if key.lstrip("+") not in given}
             with read_write(config):  # Hydra takes key and ++key for two, and would try all values of both
-                config.hydra.sweeper.params = {key: tried[key] for key in tried if key not in given}
+                config.hydra.sweeper.params = kept
         folder = config.hydra.sweep.dir
         for path in Path(folder).glob(f"*/{FAILED}"):  # of jobs that this command may not try again
             path.unlink()

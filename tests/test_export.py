@@ -31,7 +31,7 @@ from convlora.build import make_segmenter
 from convlora.data.bands import Bands
 from convlora.data.sets.synthetic import draw_scene
 from convlora.formats import onnx, program, sam
-from convlora.formats.graph import compare, make_trial, record
+from convlora.formats.graph import BOUND, RELATIVE, compare, make_trial, record
 from convlora.sam.tiny_vit import convert_mobile_sam, revert_mobile_sam
 from convlora.sam.zoo import load_backbone
 from convlora.schema import make, resolve
@@ -147,7 +147,8 @@ def test_onnx_equals_pytorch_at_other_batch_sizes_than_the_recorded(as_onnx: tup
         with torch.no_grad():
             expected = segmenter(images)
         assert expected.std() > 0.1
-        torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=0)
+        bound = max(BOUND, RELATIVE * expected.abs().max().item())
+        torch.testing.assert_close(model(images), expected, atol=bound, rtol=0)
 
 
 def test_onnx_says_what_it_is_and_how_far_it_was_off(as_onnx: tuple[Path, Path]) -> None:
@@ -158,7 +159,7 @@ def test_onnx_says_what_it_is_and_how_far_it_was_off(as_onnx: tuple[Path, Path])
     assert (images.name, axes, logits.name) == ("images", ["batch", 3, 64, 64], "logits")
     facts = {each.key: each.value for each in model.metadata_props}
     assert json.loads(facts["class_names"]) == list(SEVERAL)
-    assert 0 < float(facts["largest_difference"]) < 1e-4
+    assert 0 < float(facts["largest_difference"]) < 10 * BOUND  # which grows with the logits
     assert (
         f"{float(facts['largest_difference']):.1e}, on 6 synthetic scenes"
         in (folder / "README.md").read_text()

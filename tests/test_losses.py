@@ -258,7 +258,7 @@ def test_structure_loss_sees_no_boundary_at_ignored_pixels(boundary_weighted: bo
     logits, masks = torch.randn(1, 1, 80, 60), torch.ones(1, 1, 80, 60, dtype=torch.uint8)
     masks[:, :, 40:] = IGNORED
     loss = StructureLoss(boundary_weighted)
-    weights = 1 + 5 * (local_mean(torch.ones(1, 1, 80, 60)) - 1).abs()[:, :, :40]
+    weights = 1 + 5 * (local_mean(torch.ones(1, 1, 80, 60, dtype=torch.bool)) - 1).abs()[:, :, :40]
     upper = logits[:, :, :40]
     entropy = F.binary_cross_entropy_with_logits(upper, torch.ones_like(upper), reduction="none")
     probs = torch.sigmoid(upper)
@@ -275,10 +275,11 @@ def test_structure_loss_of_an_empty_mask_falls_with_the_false_area() -> None:
     assert StructureLoss()(quiet, mask) < 0.5 < StructureLoss()(loud, mask)
 
 
-@pytest.mark.parametrize("size", [(37, 50), (8, 40)])
+@pytest.mark.parametrize("size", [(37, 50), (8, 40), (1, 1)])
 def test_local_mean_equals_the_square_window(size: tuple[int, int]) -> None:
-    masks = (torch.rand(2, 1, *size) > 0.5).float()
-    expected = torch.nn.functional.avg_pool2d(masks, NEIGHBOURHOOD, stride=1, padding=NEIGHBOURHOOD // 2)
+    masks = torch.rand(2, 3, *size) > 0.5
+    half = NEIGHBOURHOOD // 2
+    expected = torch.nn.functional.avg_pool2d(masks.float(), NEIGHBOURHOOD, stride=1, padding=half)
     torch.testing.assert_close(local_mean(masks), expected)
 
 

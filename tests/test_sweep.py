@@ -143,9 +143,14 @@ def test_a_sweep_of_conf_tries_settings_that_there_are(cli: Commands, name: str)
     assert (alone.code, alone.err.splitlines()[-1]) == (1, "error: sweep=... is for several runs; add -m")
 
 
-def test_values_of_the_command_stand_for_those_of_the_sweep(cli: Commands) -> None:
+@pytest.mark.parametrize("plus", ["", "++"])
+def test_values_of_the_command_stand_for_those_of_the_sweep(cli: Commands, tmp_path: Path, plus: str) -> None:
+    (tmp_path / "own/sweep").mkdir(parents=True)
+    params = {"peft": "lora,conv_lora", f"{plus}optimizer.lr": "1,2,3"}
+    own = f"# @package _global_\n{yaml.safe_dump({'hydra': {'sweeper': {'params': params}}})}"
+    (tmp_path / "own/sweep/rates.yaml").write_text(own)
     given = ("optimizer.lr=0.25,0.5", "peft=lora", "dataset=synthetic", "dry_run=true", "sweep_dir=sweep")
-    done = cli(train, "-m", "sweep=learning_rates", *given)
+    done = cli(train, "-m", "--config-dir", "own", "sweep=rates", *given)
     assert done.code == 0, done.err
     assert [done.out.count(each) for each in ("run folder", "AdamW(lr=0.25", "AdamW(lr=0.5")] == [2, 1, 1]
 
@@ -170,6 +175,7 @@ def test_a_sweep_forgets_failures_of_jobs_that_it_does_not_try(tmp_path: Path) -
         (tmp_path / name / FAILED).write_text("error: of another command\n")
         if kept:
             (tmp_path / name / "notes.txt").touch()
-    Sweep().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    hydra = {"sweep": {"dir": str(tmp_path)}, "sweeper": {}, "overrides": {"task": []}}
+    Sweep().on_multirun_start(OmegaConf.create({"hydra": hydra}))
     left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")]
     assert left == ["older", "older/notes.txt"]
