@@ -1,6 +1,6 @@
 """What a training step of each form compared in docs/evidence costs: `python -m benchmarks.evidence`.
 
-In bf16, frozen weights included, with random weights; over plain LoRA's step.
+Random weights, and frozen ones held in bf16; over plain LoRA's step.
 """
 
 import argparse
@@ -8,19 +8,18 @@ import statistics
 
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from benchmarks.measure import alternate, default_device, ratio, report, warm_heap
 from benchmarks.step import Setting, label, make_step, memory_on_cpu
 from convlora.build import CONF
-from convlora.peft.method import Method
 
 
-def forms() -> dict[str, Method]:
-    """Return the method of each form."""
+def forms() -> dict[str, DictConfig]:
+    """Return the settings of each form."""
     names = sorted(path.stem for path in (CONF / "experiment/evidence").glob("*.yaml"))
     with initialize_config_dir(str(CONF), version_base=None):
-        configs = {name: compose("train", [f"experiment=evidence/{name}"]) for name in names}
-    return {name: instantiate(config.peft, _convert_="all") for name, config in configs.items()}
+        return {name: compose("train", [f"experiment=evidence/{name}"]) for name in names}
 
 
 def main() -> None:
@@ -28,8 +27,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
-    setting = Setting("sam_vit_tiny", 224, 4, "bf16", device=default_device())
-    methods = forms()
+    configs = forms()
+    shared = configs["lora"]
+    sizes = (shared.model.image_size, shared.loading.batch_size)
+    setting = Setting(shared.model.name, *sizes, "bf16", device=default_device())
+    methods = {name: instantiate(config.peft, _convert_="all") for name, config in configs.items()}
     warm_heap()
     taken = alternate(
         {name: make_step(setting, method) for name, method in methods.items()},
