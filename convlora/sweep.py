@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, open_dict, read_write
 from rich.console import Console
 from rich.table import Table
 
@@ -46,9 +46,10 @@ class Sweep(Callback):
         """Let the command's values stand for those of `sweep=`, and tell where the sweep is."""
         given = {each.lstrip("+").partition("=")[0] for each in config.hydra.overrides.task}
         if tried := config.hydra.sweeper.get("params"):
-            kept = {key: tried[key] for key in tried if key.lstrip("+") not in given}
-            with read_write(config):  # Hydra takes key and ++key for two, and would try all values of both
-                config.hydra.sweeper.params = kept
+            with read_write(tried), open_dict(tried):
+                for key in list(tried):  # Hydra takes key and ++key for two, and would try all values of both
+                    if key.lstrip("+") in given:
+                        del tried[key]
         folder = config.hydra.sweep.dir
         for path in Path(folder).glob(f"*/{FAILED}"):  # of jobs that this command may not try again
             path.unlink()

@@ -105,7 +105,11 @@ def test_the_forms_of_the_evidence_share_all_but_the_method() -> None:
     assert all(method not in methods[:place] for place, method in enumerate(methods))
     assert all(form == forms[0] for form in forms)
     assert (forms[0]["model"]["name"], forms[0]["trainer"]["max_epochs"]) == ("sam_vit_tiny", 5)
-    for sweep in ("learning_rates", "forms"):
-        params = compose("train", f"sweep=evidence/{sweep}", return_hydra_config=True).hydra.sweeper.params
+    for path in (ROOT / "conf/sweep/evidence").glob("*.yaml"):
+        composed = compose("train", f"sweep=evidence/{path.stem}", return_hydra_config=True)
+        params = composed.hydra.sweeper.params
         tried = {name.partition("/")[2] for name in params["experiment"].split(",")}
-        assert tried == {*names} if sweep == "forms" else tried < {*names}
+        assert tried == {*names} if path.stem == "forms" else tried < {*names}
+        if "dataset" in params:
+            assert params["seed"] == "10,11,12,13,14"
+            assert f"sweep=evidence/{path.stem}" in path.read_text()
