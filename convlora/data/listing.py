@@ -20,10 +20,10 @@ def matched(name: str, images: Path, masks: Path, suffix: str = "") -> list[Pair
     folder = images.parent
     refuse(
         name,
-        f"{folder}: {{}} images have no mask",
+        f"{folder}: images without a mask",
         [stem for stem in image_of if stem + suffix not in mask_of],
     )
-    refuse(name, f"{folder}: {{}} masks have no image", [stem for stem in mask_of if stem not in mask_stems])
+    refuse(name, f"{folder}: masks without an image", [stem for stem in mask_of if stem not in mask_stems])
     return [Pair(image, mask_of[stem + suffix]) for stem, image in image_of.items()]
 
 
@@ -34,7 +34,7 @@ def by_stem(name: str, folder: Path) -> dict[str, Path]:
     files = list_images(folder)
     found = {file.stem: file for file in files}
     double = [file.name for file in files if found[file.stem] is not file]
-    refuse(name, f"{folder}: {{}} files share their stem with another", double)
+    refuse(name, f"{folder}: files that share their stem with another", double)
     return found
 
 
@@ -42,8 +42,8 @@ def refuse(name: str, complaint: str, files: Sequence[str]) -> None:
     """Raise ValueError if there are any files to complain of."""
     if files:
         raise ValueError(
-            f"{name}: {complaint.format(len(files))}: {', '.join(files[:3])}; add or remove files so that "
-            "each image has one mask of its stem"
+            f"{name}: {complaint} ({len(files)}): {', '.join(files[:3])}; add or remove files so that each "
+            "image has one mask of its stem"
         )
 
 
@@ -59,8 +59,8 @@ def refuse_overlap(name: str, split: str, images: Mapping[str, Collection[str]])
         both = sorted({*images[split]} & {*images[other]}) if other != split else []
         if both:
             raise ValueError(
-                f"{name}: {len(both)} images are in both {split} and {other}, first {both[0]}; list each "
-                "image in one split only"
+                f"{name}: images in both {split} and {other} ({len(both)}), first {both[0]}; list each image "
+                "in one split only"
             )
 
 

@@ -263,7 +263,7 @@ def test_lists_of_a_fold_stand_for_those_of_the_archive(tmp_path: Path) -> None:
         ),
         (
             "0.png,0_mask.png\nfold/../1.png,1_mask.png",
-            r"1 images are in both .*fold/test.csv and .*fold/train.csv, fir",
+            r"images in both .*fold/test.csv and .*fold/train.csv \(1\), fir",
         ),
     ],
 )

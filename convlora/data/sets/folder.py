@@ -115,9 +115,9 @@ class Folder(SegmentationDataModule):
         names = _lines(listing)
         # a name with a suffix means that very file, not another of the same stem
         unknown = [n for n in names if _stem(n) not in images or n not in (_stem(n), images[_stem(n)].name)]
-        refuse(self.name, f"{listing}: {{}} names are not in {self.root / 'images'}", unknown)
+        refuse(self.name, f"{listing}: names that are not in {self.root / 'images'}", unknown)
         without = [name for name in names if _stem(name) not in masks]
-        refuse(self.name, f"{listing}: {{}} images have no mask", without)
+        refuse(self.name, f"{listing}: images without a mask", without)
         return [Pair(images[_stem(name)], masks[_stem(name)]) for name in names]
 
     def _named(self, split: Split) -> set[str]:
