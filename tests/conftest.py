@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).with_name("golden")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" not in item.keywords)  # else one process waits for another at the end
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
