@@ -4,22 +4,33 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from composed import compose
+from conftest import ROOT
 from ended import drawn, plant
 
-from convlora.results import Estimate, read_rows
+from convlora.results import Estimate, interval, read_rows
 from convlora.run import write_rows
 
-HERE = Path(__file__).parents[1] / "docs/evidence"
+HERE = ROOT / "docs/evidence"
+INHERIT = {
+    "switch": "conv_lora",
+    "layer": "conv_lora",
+    "scales": "conv_lora",
+    "switch_scales_mlp": "conv_lora_mlp",
+}
+CHOOSE, TEST = range(3), range(10, 15)
+Write = Callable[..., str]
 
 
 @pytest.fixture
-def tables(tmp_path: Path) -> ModuleType:
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, in a copy of its folder without rows."""
     folder = tmp_path / "evidence"
     folder.mkdir()
@@ -29,107 +40,214 @@ def tables(tmp_path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["tables"] = module  # where dataclasses look for it
+    monkeypatch.setitem(sys.modules, "tables", module)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture
+def write(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Run the script on folders; returns the page."""
+
+    def call(*folders: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, folders)])
+        tables.main()
+        return (tables.HERE / "README.md").read_text()
+
+    return call
+
+
 def ended(
-    folder: Path, form: str, seed: int, images: Sequence[float], lr: float = 1e-3, match: str = ""
-) -> None:
+    folder: Path,
+    form: str,
+    seed: int,
+    images: Sequence[float] = (0.5,) * 4,
+    lr: float = 1e-3,
+    match: int | None = None,
+    dataset: str = "kvasir",
+    model: str = "sam_vit_tiny",
+    epochs: int = 5,
+    folds: bool = False,
+    **more: Any,
+) -> Path:
     """A run of a form in a folder."""
-    settings = {
-        "model": {"name": "sam_vit_tiny"},
-        "optimizer": {"lr": lr},
-        "trainer": {"precision": "32-true"},
-    }
-    arguments = f"experiment=evidence/{form}" + (f" match={match}" if match else "")
-    path = folder / f"{form}{match}_{lr}_{seed}"
-    plant(path, arguments, seed, images, settings)
+    settings = {"model": {"name": model}, "optimizer": {"lr": lr}, "match": match, "peft": {"name": form}}
+    settings |= {"trainer": {"precision": "32-true", "max_epochs": epochs}}
+    settings["dataset"] = {"lists": f"folds/{seed}" if folds else None}
+    path = folder / f"{dataset}_{model}_{form}_{match}_{lr}_{seed}"
+    plant(path, f"experiment=evidence/{form}", seed, images, settings, dataset, **more)
+    return path
 
 
 def cells(page: str, title: str) -> list[list[str]]:
     """The rows of the table with a title, the heads apart."""
-    table = page.partition(f"<!-- {title}:")[2].partition("\n\n")[0].splitlines()[3:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    table = re.search(rf"<!-- {title}: .*\n((?:\|.*\n)+)", page)
+    assert table is not None
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]
 
 
-def run(tables: ModuleType, monkeypatch: pytest.MonkeyPatch, *folders: Path) -> str:
-    monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, folders)])
-    tables.main()
-    return (tables.HERE / "README.md").read_text()
-
-
-def test_the_committed_tables_follow_from_the_committed_rows(
-    tables: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_committed_tables_follow_from_the_committed_rows(tables: ModuleType, write: Write) -> None:
     shutil.copy(HERE / "runs.csv", tables.HERE)
     if (HERE / "images").is_dir():
         shutil.copytree(HERE / "images", tables.HERE / "images")
-    assert run(tables, monkeypatch) == (HERE / "README.md").read_text()
+    assert write() == (HERE / "README.md").read_text()
     assert (tables.HERE / "runs.csv").read_text() == (HERE / "runs.csv").read_text()
+    for run in tables.read():
+        if run.seed in TEST:
+            assert np.mean([*run.by_image.values()]) == pytest.approx(run.test, abs=1e-5), run.row
 
 
-def test_the_best_learning_rate_and_the_forms_in_order_of_validation(
-    tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for lr, score in ((3e-4, 0.5), (1e-3, 0.7), (3e-3, 0.6)):
-        ended(tmp_path / "runs", "lora", 0, [score] * 4, lr)
-    for seed in (0, 1, 2):
-        ended(tmp_path / "runs", "mona", seed, [0.72 + 0.03 * seed] * 4)
+def test_each_form_has_the_best_learning_rate_of_its_family(tables: ModuleType) -> None:
+    shutil.copy(HERE / "runs.csv", tables.HERE)
+    best = tables.best_rates(tables.read())
+    assert {"lora", "conv_lora"} <= {*best}
+    for path in (ROOT / "conf/experiment/evidence").glob("*.yaml"):
+        given = compose("train", f"experiment=evidence/{path.stem}").optimizer.lr
+        family = INHERIT.get(path.stem, path.stem)
+        if family in best:  # else nothing has been tried yet
+            assert f"{given:g}" == best[family], path.stem
+
+
+def test_learning_rates_and_forms_are_chosen_by_validation_alone(write: Write, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for lr, validation in ((3e-4, 0.5), (1e-3, 0.7), (3e-3, 0.6)):
+        ended(runs, "lora", 0, [1 - validation] * 4, lr, validation=validation)
+    for seed in CHOOSE:
+        ended(runs, "mona", seed, [0.9] * 4, validation=0.72 + 0.03 * seed)
     for seed in (1, 2):
-        ended(tmp_path / "runs", "lora", seed, [0.8] * 4)
-    page = run(tables, monkeypatch, tmp_path / "runs")
+        ended(runs, "lora", seed, validation=0.8)
+        ended(runs, "layer", seed, validation=0.99)  # lacks a seed
+    ended(runs, "lora", 0, lr=1e-4, dataset="camo", validation=0.99)
+    ended(runs, "lora", 0, lr=1e-4, model="mobile_sam", validation=0.99)
+    ended(runs, "lora", 10, lr=1e-4, validation=0.99)
+    ended(runs, "mona", 10, validation=0.0)
+    page = write(runs)
     assert cells(page, "learning rates") == [["`lora`", "0.5000", "**0.7000**", "0.6000"]]
     forms = cells(page, "forms")
-    assert [row[:2] for row in forms] == [["`lora`", "0.001"], ["`mona`", "0.001"]]
     errors = (Estimate.of([0.7, 0.8, 0.8]), Estimate.of([0.72, 0.75, 0.78]))
-    assert [row[3] for row in forms] == [f"{each.mean:.4f} ± {each.error:.4f}" for each in errors]
+    scores = [f"{each.mean:.4f} ± {each.error:.4f}" for each in errors]
+    assert [(row[0], row[1], row[3]) for row in forms] == [
+        ("`lora`", "0.001", scores[0]),
+        ("`mona`", "0.001", scores[1]),
+    ]
+    kept = read_rows(tmp_path / "evidence/runs.csv")
+    assert all((row["test"] != "") == (row["seed"] == "10") for row in kept)
 
 
-def test_a_verdict_needs_an_interval_apart_from_zero(
-    tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    shifts = {"lora": 0.0, "conv_lora": 0.1, "mona": -0.1, "layer": 0.0}
+def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Path) -> None:
+    shifts = {"conv_lora": 0.1, "mona": -0.1, "layer": 0.0, "lora": 0.0}
     for form, shift in shifts.items():
-        for seed in range(10, 15):
+        for seed in TEST:
             noise = np.random.default_rng(seed).normal(0, 0.02, 12) if form == "layer" else 0
             ended(tmp_path, form, seed, (np.array(drawn(seed)) + shift + noise).tolist())
+    for seed in TEST:
+        ended(tmp_path, "lora", seed, (np.array(drawn(seed)) + 0.2).tolist(), match=3_000_000)
+    for seed in list(TEST)[:4]:
+        ended(tmp_path, "switch", seed, (np.array(drawn(seed)) + 0.1).tolist())
     ended(tmp_path, "lora", 0, [0.0] * 12)  # a seed that chooses is no test
-    rows = {row[2]: row for row in cells(run(tables, monkeypatch, tmp_path), "tests")}
-    assert [rows[f"`{form}`"][-1] for form in ("lora", "conv_lora", "mona")] == ["", "ahead", "behind"]
-    assert rows["`conv_lora`"][-2] == "+0.1000 [+0.1000, +0.1000]"
-    low, high = map(float, re.findall(r"[+-]\d\.\d+", rows["`layer`"][-2])[1:])
+    rows = {row[2]: row[3:] for row in cells(write(tmp_path), "tests")}
+    assert [*rows] == ["`conv_lora`", "`layer`", "`lora`", "`lora` `match=3000000`", "`mona`", "`switch`"]
+    to_lora = {form: row[-2] for form, row in rows.items()}
+    assert to_lora["`lora`"] == ""
+    assert to_lora["`conv_lora`"] == "+0.1000 [+0.1000, +0.1000], ahead"
+    assert to_lora["`mona`"] == "-0.1000 [-0.1000, -0.1000], behind"
+    assert to_lora["`switch`"].endswith(", 4 of 5 seeds")
+    low, high, seen = map(float, re.findall(r"[+-]?\d\.\d+", to_lora["`layer`"])[1:])
     assert low < 0 < high
-    assert rows["`layer`"][-1] == f"undecided; {(high - low) / 2:.3f} would have shown"
+    assert seen == pytest.approx(0.7 * (high - low), abs=1e-4)
+    matched = {form: row[-1] for form, row in rows.items()}
+    assert matched["`lora` `match=3000000`"] == ""
+    assert matched["`conv_lora`"] == "-0.1000 [-0.1000, -0.1000], behind"
+    everything = np.array([drawn(seed) for seed in TEST]).mean(axis=1)
+    assert rows["`lora`"][1:4] == [
+        "5",
+        "dice",
+        f"{everything.mean():.4f} ± {Estimate.of(everything).error:.4f}",
+    ]
 
 
-def test_runs_are_kept_once_and_stay_kept(
-    tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_models_and_data_sets_are_compared_apart(write: Write, tmp_path: Path) -> None:
+    for place, score in (
+        (("kvasir", "sam_vit_tiny"), 0.2),
+        (("kvasir", "mobile_sam"), 0.5),
+        (("camo", "sam_vit_tiny"), 0.7),
+    ):
+        for seed in TEST:
+            dataset, model = place
+            ended(tmp_path, "lora", seed, np.full(8, score).tolist(), dataset=dataset, model=model)
+            ended(tmp_path, "mona", seed, np.full(8, score + 0.01).tolist(), dataset=dataset, model=model)
+    rows = cells(write(tmp_path), "tests")
+    assert [row[:2] for row in rows[::2]] == [
+        ["camouflage", "sam_vit_tiny"],
+        ["polyps", "mobile_sam"],
+        ["polyps", "sam_vit_tiny"],
+    ]
+    assert [row[6] for row in rows[::2]] == ["0.7000 ± 0.0000", "0.5000 ± 0.0000", "0.2000 ± 0.0000"]
+    assert {row[7] for row in rows[1::2]} == {"+0.0100 [+0.0100, +0.0100], ahead"}
+
+
+def test_folds_are_compared_over_seeds(write: Write, tmp_path: Path) -> None:
+    for seed in TEST:
+        for form, shift in (("lora", 0.0), ("mona", 0.01 * seed)):
+            roads = {"dataset": "massachusetts_roads", "folds": True}
+            folder = ended(tmp_path, form, seed, (np.array(drawn(seed)) + shift).tolist(), **roads)
+            table = (folder / "images.csv").read_text()
+            (folder / "images.csv").write_text(re.sub(r"(?m)^(\d+\.png)", rf"{seed}_\1", table))
+    row = cells(write(tmp_path), "tests")[1]
+    shifts = np.array([[0.01 * seed] for seed in TEST])
+    low, high = interval(shifts)
+    assert row[7] == f"+0.1200 [{low:+.4f}, {high:+.4f}], ahead"
+
+
+def test_runs_are_kept_once_and_stay_kept(tables: ModuleType, write: Write, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     ended(first, "lora", 10, drawn(10))
-    ended(second, "lora", 10, drawn(11))
-    ended(second, "lora", 10, drawn(12), match="3000000")
-    run(tables, monkeypatch, first)
+    ended(second, "lora", 10, drawn(12), match=3_000_000)
+    write(first)
     before = read_rows(tables.HERE / "runs.csv")
-    run(tables, monkeypatch, second)
+    write(first, second)
     after = read_rows(tables.HERE / "runs.csv")
     assert after[0] == before[0]
     assert [row["match"] for row in after] == ["", "3000000"]
-    table = read_rows(tables.HERE / "images/kvasir.csv")
-    for name, seed in (("sam_vit_tiny lora 0.001 10", 10), ("sam_vit_tiny lora 3000000 0.001 10", 12)):
+    table = read_rows(tables.HERE / "images/kvasir_sam_vit_tiny.csv")
+    for name, seed in (("lora 0.001 10", 10), ("lora 3000000 0.001 10", 12)):
         assert [float(row[name]) for row in table] == pytest.approx(drawn(seed), abs=1e-6)
 
 
-def test_what_gates_learnt_is_told(
-    tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"form": "lora", "seed": 10, "images": drawn(11)}, "another run of this setting and seed"),
+        ({"form": "lora", "seed": 11, "lr": 1e-4}, "different lr"),
+        ({"form": "mona", "seed": 10, "epochs": 6}, "different ground"),
+        ({"form": "lora", "seed": 7}, "is no run of the comparison"),
+        ({"form": "lora", "seed": 11, "folds": True}, "folds/11, but kvasir is tested on its own lists"),
+        ({"form": "lora", "seed": 11, "dataset": "massachusetts_roads"}, "is tested on the folds"),
+        ({"form": "../mona", "seed": 10, "validation": float("nan")}, "val/dice is nan"),
+    ],
+)
+def test_what_cannot_stand_beside_the_others_is_refused(
+    tables: ModuleType, write: Write, tmp_path: Path, other: dict[str, Any], told: str
 ) -> None:
-    ended(tmp_path, "conv_lora", 10, drawn(10))
-    folder = next(tmp_path.glob("conv_lora*"))
-    write_rows(folder / "routing.csv", "layer", {"a": {"entropy": 1.0}, "b": {"entropy": 2.0}})
-    images = {f"{i}.png": {"object_share": i / 10, "mean_scale": 8.0 - i**2} for i in range(3)}
-    write_rows(folder / "routing_images.csv", "image", images)
-    run(tables, monkeypatch, tmp_path)
-    row = read_rows(tables.HERE / "runs.csv")[0]
-    assert (row["entropy"], row["scale_by_size"]) == ("1.500", "-1.000")
+    ended(tmp_path / "first", "lora", 10, drawn(10))
+    write(tmp_path / "first")
+    before = (tables.HERE / "runs.csv").read_text()
+    ended(tmp_path / "second", **other)
+    with pytest.raises(ValueError, match=told):
+        write(tmp_path / "second")
+    assert (tables.HERE / "runs.csv").read_text() == before
+
+
+def test_what_gates_learnt_is_told(tables: ModuleType, write: Write, tmp_path: Path) -> None:
+    shares = {"expert_1": 0.5, "expert_2": 0.5, "expert_3": 0.0, "expert_4": 0.0}
+    for seed, entropies, scales in ((10, (1.0, 1.5), (8.0, 7.0, 4.0)), (11, (2.0, 2.0), (2.0, 2.0, 2.0))):
+        folder = ended(tmp_path, "scales", seed)
+        write_rows(folder / "routing.csv", "layer", {str(e): {**shares, "entropy": e} for e in entropies})
+        images = {f"{i}.png": {"object_share": i / 10, "mean_scale": scale} for i, scale in enumerate(scales)}
+        write_rows(folder / "routing_images.csv", "image", images)
+    ended(tmp_path, "lora", 10)
+    page = write(tmp_path)
+    rows = read_rows(tables.HERE / "runs.csv")
+    found = [(row["evenness"], row["scale_by_size"]) for row in rows]
+    assert found == [("", ""), ("0.625", "-1.000"), ("1.000", "")]
+    assert cells(page, "gates") == [["polyps", "sam_vit_tiny", "`scales`", "2", "0.81", "-1.00"]]

@@ -1,11 +1,14 @@
 """Keep what the runs of this comparison gave, and write its tables from what is kept.
 
 `python docs/evidence/tables.py FOLDER ...` adds the ended runs below the folders to runs.csv and, of seeds
-that test, their images to images/DATASET.csv; without a folder it only writes the tables.
+that test, their images to images/DATASET_MODEL.csv; without a folder it only writes the tables.
 """
 
 import csv
+import hashlib
+import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +19,22 @@ from scipy.stats import spearmanr
 
 from convlora import results
 from convlora.comparison import show, show_difference
-from convlora.results import Difference, Estimate, Run
+from convlora.results import Estimate, Run
+from convlora.run import matters
 
 HERE = Path(__file__).parent
+FORMS = "evidence/"  # in conf/experiment
+CHOOSE, TEST = (0, 1, 2), (10, 11, 12, 13, 14)  # seeds
+CHOSEN_ON = ("kvasir", "sam_vit_tiny")
 KEYS = ("dataset", "model", "form", "match", "lr", "seed")
-CHOOSE, TEST = range(3), range(10, 15)  # seeds
-GROUND = ("kvasir", "sam_vit_tiny")  # on which learning rates and forms are chosen
-BASELINE = ("lora", "")
-IS_TABLE = "<!-- {}: written by docs/evidence/tables.py -->"
+SAID = {
+    "kvasir": "polyps",
+    "camo": "camouflage",
+    "leaf_disease": "leaves",
+    "massachusetts_roads": "roads of Japan",
+}
+FOLDS = ("massachusetts_roads",)  # data sets of which each seed tests another fold
+POWER = 1.4  # half-widths of a 95 % interval that a true difference needs to be seen four times of five
 
 
 @dataclass(frozen=True)
@@ -32,86 +43,153 @@ class Kept(Run):
 
     Attributes:
         row: of runs.csv.
-        by_image: score of each test image by its name.
+        by_image: the score that chose its epoch, of each test image by its name.
     """
 
     row: Mapping[str, str] = field(default_factory=dict)
     by_image: Mapping[str, float] = field(default_factory=dict)
 
     def of_images(self, score: str, test_set: str) -> dict[str, float]:
+        """Return what is kept of the images, the one score on the one test set."""
         return dict(self.by_image)
 
     @classmethod
     def of(cls, row: Mapping[str, str], by_image: Mapping[str, float]) -> "Kept":
         """Return the run of a row."""
         summary = {"dataset": row["dataset"], f"val/{row['score']}": float(row["validation"])}
-        summary["test"] = {row["score"]: float(row["test"])}
-        settings = {"callbacks.best.monitor": f"val/{row['score']}", "seed": row["seed"]}
-        return cls(HERE, {}, settings, summary, row, by_image)
+        summary["test"] = {row["score"]: float(row["test"] or "nan")}
+        config = {"callbacks.best.monitor": f"val/{row['score']}", "seed": row["seed"]}
+        return cls(HERE, {}, config, summary, row, by_image)
+
+    @property
+    def label(self) -> str:
+        """What a table calls its form."""
+        size = f" `match={self.row['match']}`" if self.row["match"] else ""
+        return f"`{self.row['form']}`{size}"
 
 
 def summarize(run: Run) -> dict[str, str]:
-    """Return the row of a run."""
-    arguments = run.arguments
+    """Return the row of a run.
+
+    Raises:
+        ValueError: it is no run of this comparison.
+    """
+    form = run.arguments.get("experiment", "")
+    if not form.startswith(FORMS) or run.seed not in CHOOSE + TEST:
+        raise ValueError(
+            f"{run.folder}: experiment={form or 'null'} seed={run.seed} is no run of the comparison, whose "
+            f"experiments are {FORMS}NAME and whose seeds {CHOOSE + TEST}; name other folders"
+        )
+    lists = run.settings.get("dataset.lists")
+    if (run.dataset in FOLDS) != (lists is not None):
+        raise ValueError(
+            f"{run.folder}: dataset.lists={lists or 'null'}, but {run.dataset} is tested "
+            f"{'on the folds of road_folds' if lists is None else 'on its own lists'}"
+        )
+    if run.settings["callbacks.best.mode"] != "max" or not math.isfinite(run.validation):
+        raise ValueError(
+            f"{run.folder}: val/{run.primary} is {run.validation}, here the greatest one is best"
+        )
+    match = run.settings.get("match")
     row = {"dataset": run.dataset, "model": str(run.settings["model.name"])}
-    row |= {"form": arguments["experiment"].removeprefix("evidence/"), "match": arguments.get("match", "")}
-    row |= {"lr": f"{run.settings['optimizer.lr']:g}", "seed": str(run.seed)}
-    row |= {"precision": str(run.settings["trainer.precision"]), "score": run.primary}
-    row |= {"validation": f"{run.validation:.6f}", "test": f"{run.test:.6f}"}
-    row |= {"trained": str(run.summary["trainable_parameters"])}
-    return row | routing(run.folder)
+    row |= {"form": form.removeprefix(FORMS), "match": "" if match is None else str(match)}
+    row |= {"lr": f"{run.settings['optimizer.lr']:g}", "seed": str(run.seed), "score": run.primary}
+    row |= {"validation": f"{run.validation:.6f}", "test": f"{run.test:.6f}" if run.seed in TEST else ""}
+    row |= {"trained": str(run.summary["trainable_parameters"]), "steps": str(run.summary["steps"])}
+    row |= {"precision": str(run.settings["trainer.precision"])}
+    return row | fingerprints(run) | routing(run.folder)
+
+
+def fingerprints(run: Run) -> dict[str, str]:
+    """Return short hashes of all settings of the method, and of all others that may change a result."""
+    kept = {key: value for key, value in run.settings.items() if matters(key) and not key.endswith("seed")}
+    if kept.get("dataset.lists"):
+        kept["dataset.lists"] = str(Path(kept["dataset.lists"]).parent)  # folds, named by the seed
+    method = {key: kept.pop(key) for key in list(kept) if key.startswith("peft.")}
+    for key in ("optimizer.lr", "match"):
+        kept.pop(key, None)
+    kept["weights"] = run.summary["base_sha256"]
+    texts = (json.dumps(each, sort_keys=True, default=str) for each in (method, kept))
+    return dict(
+        zip(("method", "ground"), (hashlib.sha256(t.encode()).hexdigest()[:8] for t in texts), strict=True)
+    )
 
 
 def routing(folder: Path) -> dict[str, str]:
-    """Return the mean entropy of a run's gates, bits, and how the scale follows the object's size.
+    """Return how evenly a run's layers use their experts, and how the scale follows the object's size.
 
-    The latter is Spearman's correlation over the test images of the mean scale with the object's share of the
-    pixels; empty where all images have one scale.
+    The first is the entropy of the shares of all maps of the test that the experts take, over that of equal
+    shares, a mean over layers. The second is Spearman's correlation over the test images of the mean scale
+    with the object's share of the pixels. Empty without experts, and the second where all scales are alike.
     """
     layers = results.read_rows(folder / "routing.csv")
-    images = results.read_rows(folder / "routing_images.csv")
     if not layers:
-        return {"entropy": "", "scale_by_size": ""}
-    entropy = np.mean([float(row["entropy"]) for row in layers])
+        return {"evenness": "", "scale_by_size": ""}
+    experts = sum(key.startswith("expert_") for key in layers[0])
+    evenness = np.mean([float(row["entropy"]) for row in layers]) / math.log2(experts)
+    images = results.read_rows(folder / "routing_images.csv")
     share, scale = ([float(row[key]) for row in images] for key in ("object_share", "mean_scale"))
-    follows = f"{spearmanr(share, scale).statistic:.3f}" if np.ptp(scale) > 1e-6 else ""
-    return {"entropy": f"{entropy:.3f}", "scale_by_size": follows}
+    follows = f"{spearmanr(share, scale).statistic:.3f}" if np.ptp(scale) > 1e-3 and np.ptp(share) else ""
+    return {"evenness": f"{evenness:.3f}", "scale_by_size": follows}
 
 
-def name(row: Mapping[str, str]) -> str:
-    """Return what a run is called among those of its data set."""
-    return " ".join(row[key] for key in KEYS[1:] if row[key])
+def identity(row: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what tells a run from all others."""
+    return tuple(row[key] for key in KEYS)
 
 
-def images_of(dataset: str) -> Path:
-    """Return the file that holds the scores of a data set's test images."""
-    return HERE / "images" / f"{dataset}.csv"
+def images_of(row: Mapping[str, str]) -> tuple[Path, str]:
+    """Return the file and the column that hold the scores of a run's test images."""
+    column = " ".join(row[key] for key in KEYS[2:] if row[key])
+    return HERE / "images" / f"{row['dataset']}_{row['model']}.csv", column
 
 
 def keep(folders: Iterable[Path]) -> None:
-    """Add the ended runs below folders that are not kept yet."""
-    rows = results.read_rows(HERE / "runs.csv")
-    there = {tuple(row[key] for key in KEYS) for row in rows}
-    for run in (run for folder in folders for run in results.find(folder)):
-        row = summarize(run)
-        if tuple(row[key] for key in KEYS) in there:
-            continue
-        rows.append(row)
+    """Add the ended runs below folders.
+
+    Raises:
+        ValueError: one is no run of this comparison, or is not to be compared with those that are kept.
+    """
+    rows = {identity(row): row for row in results.read_rows(HERE / "runs.csv")}
+    found = {run.folder: (run, summarize(run)) for folder in folders for run in results.find(folder)}
+    for folder, (_, row) in found.items():
+        if rows.setdefault(identity(row), row) != row:
+            raise ValueError(
+                f"{folder}: another run of this setting and seed is kept, which gave another row"
+            )
+    check(rows.values())
+    for run, row in found.values():
         if run.seed in TEST:
-            path = images_of(run.dataset)
+            path, column = images_of(row)
             table = {each.pop("image"): each for each in results.read_rows(path)}
             for image, score in run.of_images(run.primary, run.dataset).items():
-                table.setdefault(image, {})[name(row)] = f"{score:.6f}"
+                table.setdefault(image, {})[column] = f"{score:.6f}"
             path.parent.mkdir(exist_ok=True)
-            write(path, [{"image": image, **table[image]} for image in sorted(table)])
-    rows.sort(key=lambda row: (*(row[key] for key in KEYS[:4]), float(row["lr"]), int(row["seed"])))
-    write(HERE / "runs.csv", rows)
+            write_csv(path, [{"image": image, **table[image]} for image in sorted(table)])
+    ordered = sorted(rows.values(), key=lambda row: (*identity(row)[:4], float(row["lr"]), int(row["seed"])))
+    write_csv(HERE / "runs.csv", ordered)
 
 
-def write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows as CSV, empty where one has no value."""
+def check(rows: Iterable[Mapping[str, str]]) -> None:
+    """Refuse rows that a table would compare and that differ in more than it tells; raises ValueError."""
+    alike: dict[tuple[str, ...], tuple[str, Mapping[str, str]]] = {}
+    for row in rows:
+        place = (row["dataset"], row["model"])
+        claims = [("ground", *place), ("score", *place), ("method", *place, row["form"], row["match"])]
+        if int(row["seed"]) in TEST:
+            claims.append(("lr", *place, row["form"], row["match"]))
+            claims += [("match", *place)] if row["form"] == "lora" and row["match"] else []
+        for claim in claims:
+            value, first = alike.setdefault(claim, (row[claim[0]], row))
+            if value != row[claim[0]]:
+                both = " and ".join(" ".join(filter(None, identity(each))) for each in (first, row))
+                raise ValueError(f"{both} have different {claim[0]}, and cannot stand in one table")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write rows, empty where one has no value."""
     with path.open("w", newline="") as file:
-        names = dict.fromkeys(key for row in rows for key in row)
+        names = dict.fromkeys([*KEYS] if not rows else [key for row in rows for key in row])
         writer = csv.DictWriter(file, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -119,160 +197,134 @@ def write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 def read() -> list[Kept]:
     """Return all runs that are kept."""
-    rows = results.read_rows(HERE / "runs.csv")
-    images = {row["dataset"]: results.read_rows(images_of(row["dataset"])) for row in rows}
-    return [
-        Kept.of(
-            row,
-            {each["image"]: float(each[name(row)]) for each in images[row["dataset"]] if each.get(name(row))},
-        )
-        for row in rows
-    ]
+    runs = []
+    for row in results.read_rows(HERE / "runs.csv"):
+        path, column = images_of(row)
+        by_image = {
+            each["image"]: float(each[column]) for each in results.read_rows(path) if each.get(column)
+        }
+        runs.append(Kept.of(row, by_image))
+    return runs
 
 
-def settings(runs: Iterable[Kept]) -> dict[tuple[str, str, str], list[Kept]]:
-    """Bring runs together that differ by their seeds alone, by form, size to match and learning rate."""
-    found: dict[tuple[str, str, str], list[Kept]] = {}
+def by_setting(runs: Iterable[Kept]) -> dict[tuple[str, ...], list[Kept]]:
+    """Bring runs together that differ by their seeds alone."""
+    found: dict[tuple[str, ...], list[Kept]] = {}
     for run in runs:
-        found.setdefault((run.row["form"], run.row["match"], run.row["lr"]), []).append(run)
+        found.setdefault(identity(run.row)[:-1], []).append(run)
     return found
 
 
-def validation(runs: Sequence[Kept]) -> Estimate:
-    """Return the mean score in validation."""
-    return Estimate.of([run.validation for run in runs])
+def chosen_among(runs: Iterable[Kept]) -> list[Kept]:
+    """Return the runs by which learning rates and forms are chosen."""
+    return [run for run in runs if identity(run.row)[:2] == CHOSEN_ON and run.seed in CHOOSE]
+
+
+def best_rates(runs: Iterable[Kept]) -> dict[str, str]:
+    """Return by form the best learning rate in validation of the first seed, where several were tried."""
+    tried: dict[str, dict[str, float]] = {}
+    for run in chosen_among(runs):
+        if run.seed == CHOOSE[0] and not run.row["match"]:
+            tried.setdefault(run.row["form"], {})[run.row["lr"]] = run.validation
+    return {form: max(scores, key=scores.__getitem__) for form, scores in tried.items() if len(scores) > 1}
 
 
 def learning_rates(runs: Sequence[Kept]) -> list[list[str]]:
     """Return the validation score of the first seed by form and learning rate, the best of each form bold."""
-    first = settings(run for run in runs if run.seed == CHOOSE[0])
-    rates = sorted({lr for _, _, lr in first}, key=float)
+    first = {(run.row["form"], run.row["lr"]): run for run in chosen_among(runs) if run.seed == CHOOSE[0]}
+    rates = sorted({lr for _, lr in first}, key=float)
     rows = [["form", *rates]]
-    for form in dict.fromkeys(form for form, _, _ in first):
-        scores = [first[form, "", lr][0].validation if (form, "", lr) in first else math.nan for lr in rates]
-        best = np.nanmax(scores)
-        cells = ["" if math.isnan(each) else f"{each:.4f}" for each in scores]
-        if sum(map(bool, cells)) > 1:
-            bold = (f"**{cell}**" if each == best else cell for cell, each in zip(cells, scores, strict=True))
-            rows.append([f"`{form}`", *bold])
+    for form, best in best_rates(runs).items():
+        scores = {lr: f"{first[form, lr].validation:.4f}" for lr in rates if (form, lr) in first}
+        cells = {lr: f"**{score}**" if lr == best else score for lr, score in scores.items()}
+        rows.append([f"`{form}`", *(cells.get(lr, "") for lr in rates)])
     return rows
 
 
 def forms(runs: Sequence[Kept]) -> list[list[str]]:
-    """Return the forms with all seeds that choose, the best in validation first."""
-    groups = settings(run for run in runs if run.seed in CHOOSE)
-    whole = [key for key, each in groups.items() if len(each) == len(CHOOSE)]
-    rows = [["form", "learning rate", "trained", "validation", "entropy, bits", "scale by size"]]
-    for key in sorted(whole, key=lambda key: -validation(groups[key]).mean):
-        first = groups[key][0].row
-        cells = [f"`{key[0]}`", key[2], f"{int(first['trained']):,}", show(validation(groups[key]))]
-        rows.append([*cells, *(mean(groups[key], column) for column in ("entropy", "scale_by_size"))])
+    """Return the validation scores of the forms that have all seeds, the best first."""
+    whole = [
+        (Estimate.of([run.validation for run in members]), members[0])
+        for members in by_setting(chosen_among(runs)).values()
+        if sorted(run.seed for run in members) == [*CHOOSE]
+    ]
+    rows = [["form", "learning rate", "trained parameters", "validation"]]
+    for estimate, first in sorted(whole, key=lambda each: -each[0].mean):
+        rows.append([first.label, first.row["lr"], f"{int(first.row['trained']):,}", show(estimate)])
     return rows
 
 
-def mean(runs: Sequence[Kept], column: str) -> str:
-    """Return the mean of a column over runs, empty where one has no value."""
-    values = [run.row[column] for run in runs]
-    return f"{np.mean([float(each) for each in values]):.2f}" if all(values) else ""
+def gates(runs: Sequence[Kept]) -> list[list[str]]:
+    """Return what the gates of each form have learnt, by data set and model, means over all seeds."""
+    rows = [["data set", "model", "form", "runs", "evenness", "scale by size"]]
+    groups: dict[tuple[str, str, str], list[Kept]] = {}
+    for run in runs:
+        if run.row["evenness"]:
+            groups.setdefault((*identity(run.row)[:2], run.label), []).append(run)
+    for (dataset, model, label), members in groups.items():
+        means = []
+        for column in ("evenness", "scale_by_size"):
+            values = [float(run.row[column]) for run in members if run.row[column]]
+            means.append(f"{np.mean(values):.2f}" if values else "one scale")
+        rows.append([SAID[dataset], model, label, str(len(members)), *means])
+    return rows
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A form on one data set beside plain LoRA.
-
-    Attributes:
-        runs: of the form, seeds that test.
-        difference: of its test score to plain LoRA's with the same seeds; None of that itself.
-    """
-
-    runs: Sequence[Kept]
-    difference: Difference | None
-
-    @property
-    def verdict(self) -> str:
-        """Say whether it is ahead of LoRA, behind, or how large a difference would have been seen."""
-        found = self.difference
-        if found is None or math.isnan(found.low):
-            return ""
-        if found.low > 0 or found.high < 0:
-            return "ahead" if found.low > 0 else "behind"
-        return f"undecided; {(found.high - found.low) / 2:.3f} would have shown"
-
-
-def compare(runs: Sequence[Kept]) -> list[Compared]:
-    """Compare the forms on one data set with plain LoRA, which comes first."""
-    groups = settings(run for run in runs if run.seed in TEST)
-    base = next((each for key, each in groups.items() if key[:2] == BASELINE), None)
-    if base is None:
-        return []
-    score, dataset = base[0].primary, base[0].dataset
-    others = [each for each in groups.values() if each is not base]
-    return [Compared(base, None)] + [
-        Compared(each, results.difference(each, base, score, dataset)) for each in others
-    ]
-
-
-def domains(runs: Sequence[Kept]) -> dict[tuple[str, str], list[Compared]]:
-    """Return by data set and model what was compared there."""
-    keys = dict.fromkeys((run.dataset, run.row["model"]) for run in runs)
-    found = {key: compare([run for run in runs if (run.dataset, run.row["model"]) == key]) for key in keys}
-    return {key: each for key, each in found.items() if each}
+def verdict(runs: Sequence[Kept], base: Sequence[Kept]) -> str:
+    """Tell whether a form is ahead of another, behind, or which difference could have been seen."""
+    missing = sum(seed not in {run.seed for run in side} for side in (runs, base) for seed in TEST)
+    found = results.difference(runs, base, base[0].primary, base[0].dataset)
+    if missing:
+        return f"{show_difference(found)}, {len(found.seeds)} of {len(TEST)} seeds"
+    if found.low > 0 or found.high < 0:
+        return f"{show_difference(found)}, {'ahead' if found.low > 0 else 'behind'}"
+    return f"{show_difference(found)}, undecided ({POWER * (found.high - found.low) / 2:.4f})"
 
 
 def tests(runs: Sequence[Kept]) -> list[list[str]]:
-    """Return the forms on each data set with the seeds that test."""
-    heads = [
-        "data set",
-        "model",
-        "form",
-        "trained",
-        "seeds",
-        "score",
-        "test",
-        "difference to LoRA",
-        "verdict",
-    ]
-    rows = [heads]
-    for (dataset, model), members in domains(runs).items():
-        for each in members:
-            first = each.runs[0].row
-            form = f"`{first['form']}`" + (f" `match={first['match']}`" if first["match"] else "")
-            cells = [dataset, model, form, f"{int(first['trained']):,}", str(len(each.runs)), first["score"]]
-            test = show(Estimate.of([run.test for run in each.runs]))
-            difference = "" if each.difference is None else show_difference(each.difference)
-            rows.append([*cells, test, difference, each.verdict])
+    """Return the test scores of the forms on each data set beside those of plain LoRA."""
+    heads = ["data set", "model", "form", "trained parameters", "seeds", "score", "test"]
+    rows = [[*heads, "to `lora`", "to `lora` of equal size"]]
+    groups = by_setting(run for run in runs if run.seed in TEST)
+    for (dataset, model, *_), members in groups.items():
+        first = members[0]
+        cells = [SAID[dataset], model, first.label, f"{int(first.row['trained']):,}", str(len(members))]
+        cells += [first.primary, show(Estimate.of([run.test for run in members]))]
+        for is_match in (False, True):
+            bases = [
+                each
+                for key, each in groups.items()
+                if key[:3] == (dataset, model, "lora") and bool(each[0].row["match"]) == is_match
+            ]
+            cells.append(verdict(members, bases[0]) if bases and bases[0] is not members else "")
+        rows.append(cells)
     return rows
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose first row holds the heads."""
-    heads, *others = rows
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *others])
+def fill(text: str, title: str, rows: Sequence[Sequence[str]]) -> str:
+    """Return a page with the table of a title, the lines of | that follow its mark, anew.
 
-
-def chosen(runs: Sequence[Kept]) -> list[Kept]:
-    """Return the runs that choose learning rates and forms."""
-    return [run for run in runs if (run.dataset, run.row["model"]) == GROUND and run.seed in CHOOSE]
-
-
-def fill(text: str, title: str, table: str) -> str:
-    """Return a page with the table of a title anew: what stands between its mark and the next empty line."""
-    mark = IS_TABLE.format(title)
-    before, found, after = text.partition(f"{mark}\n")
-    if not found:
-        raise ValueError(f"there is no place for {title!r}; add {mark}")
-    return f"{before}{found}{table}\n\n{after.partition(chr(10) * 2)[2]}"
+    Raises:
+        ValueError: the page has no such mark.
+    """
+    mark = f"<!-- {title}: written by docs/evidence/tables.py -->\n"
+    if mark not in text:
+        raise ValueError(f"the page has no place for the table {title!r}; add the line {mark}")
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    before, _, after = text.partition(mark)
+    return before + mark + "".join(lines) + re.sub(r"\A(\|.*\n)*", "", after)
 
 
 def main() -> None:
     """Keep the runs below the folders that are given, and write the tables."""
     keep(map(Path, sys.argv[1:]))
-    runs = read()
-    page = HERE / "README.md"
+    runs, page = read(), HERE / "README.md"
     text = page.read_text()
-    text = fill(text, "learning rates", markdown(learning_rates(chosen(runs))))
-    text = fill(text, "forms", markdown(forms(chosen(runs))))
-    page.write_text(fill(text, "tests", markdown(tests(runs))))
+    for title, table in {
+        "learning rates": learning_rates, "forms": forms, "gates": gates, "tests": tests
+    }.items():  # fmt: skip
+        text = fill(text, title, table(runs))
+    page.write_text(text)
 
 
 if __name__ == "__main__":
