@@ -21,6 +21,7 @@ def _run(
 ) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as a command has it on Linux
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background would ignore
+    os.environ.pop("WANDB_SERVICE", None)  # of the tests, where W&B holds a killed run for a while
     os.environ |= {"WANDB_MODE": "offline", **variables}
     os.setsid()
     os.chdir(folder)
