@@ -221,6 +221,10 @@ def test_runs_are_kept_once_and_stay_kept(tables: ModuleType, write: Write, tmp_
         ({"form": "lora", "seed": 11, "lr": 1e-4}, "different lr"),
         ({"form": "mona", "seed": 10, "epochs": 6}, "different ground"),
         ({"form": "lora", "seed": 7}, "is no run of the comparison"),
+        (
+            {"form": "lora", "seed": 10, "dataset": "aerial"},
+            "dataset=aerial seed=10 is no run of the comparison",
+        ),
         ({"form": "lora", "seed": 11, "folds": True}, "folds/11, but kvasir is tested on its own lists"),
         ({"form": "lora", "seed": 11, "dataset": "massachusetts_roads"}, "is tested on the folds"),
         ({"form": "../mona", "seed": 10, "validation": float("nan")}, "val/dice is nan"),
@@ -245,9 +249,15 @@ def test_what_gates_learnt_is_told(tables: ModuleType, write: Write, tmp_path: P
         write_rows(folder / "routing.csv", "layer", {str(e): {**shares, "entropy": e} for e in entropies})
         images = {f"{i}.png": {"object_share": i / 10, "mean_scale": scale} for i, scale in enumerate(scales)}
         write_rows(folder / "routing_images.csv", "image", images)
+    collapsed = ended(tmp_path, "scales", 0, lr=3e-3)
+    for name in ("routing.csv", "routing_images.csv"):
+        shutil.copy(folder / name, collapsed)
     ended(tmp_path, "lora", 10)
     page = write(tmp_path)
     rows = read_rows(tables.HERE / "runs.csv")
     found = [(row["evenness"], row["scale_by_size"]) for row in rows]
-    assert found == [("", ""), ("0.625", "-1.000"), ("1.000", "")]
-    assert cells(page, "gates") == [["polyps", "sam_vit_tiny", "`scales`", "2", "0.81", "-1.00"]]
+    assert found == [("", ""), ("0.625", "-1.000"), ("1.000", ""), ("1.000", "")]
+    assert cells(page, "gates") == [
+        ["polyps", "sam_vit_tiny", "`scales`", "0.001", "2", "0.81", "-1.00"],
+        ["polyps", "sam_vit_tiny", "`scales`", "0.003", "1", "1.00", "one scale"],
+    ]

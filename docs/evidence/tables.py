@@ -75,10 +75,11 @@ def summarize(run: Run) -> dict[str, str]:
         ValueError: it is no run of this comparison.
     """
     form = run.arguments.get("experiment", "")
-    if not form.startswith(FORMS) or run.seed not in CHOOSE + TEST:
+    if not form.startswith(FORMS) or run.dataset not in SAID or run.seed not in CHOOSE + TEST:
         raise ValueError(
-            f"{run.folder}: experiment={form or 'null'} seed={run.seed} is no run of the comparison, whose "
-            f"experiments are {FORMS}NAME and whose seeds {CHOOSE + TEST}; name other folders"
+            f"{run.folder}: experiment={form or 'null'} dataset={run.dataset} seed={run.seed} is no run of "
+            f"the comparison, whose experiments are {FORMS}NAME, data sets {', '.join(SAID)} and seeds "
+            f"{', '.join(map(str, CHOOSE + TEST))}; name other folders"
         )
     lists = run.settings.get("dataset.lists")
     if (run.dataset in FOLDS) != (lists is not None):
@@ -255,26 +256,23 @@ def forms(runs: Sequence[Kept]) -> list[list[str]]:
 
 
 def gates(runs: Sequence[Kept]) -> list[list[str]]:
-    """Return what the gates of each form have learnt, by data set and model, means over all seeds."""
-    rows = [["data set", "model", "form", "runs", "evenness", "scale by size"]]
-    groups: dict[tuple[str, str, str], list[Kept]] = {}
-    for run in runs:
-        if run.row["evenness"]:
-            groups.setdefault((*identity(run.row)[:2], run.label), []).append(run)
-    for (dataset, model, label), members in groups.items():
+    """Return what the gates of each setting have learnt, means over its seeds."""
+    rows = [["data set", "model", "form", "learning rate", "seeds", "evenness", "scale by size"]]
+    for members in by_setting(run for run in runs if run.row["evenness"]).values():
+        first = members[0]
         means = []
         for column in ("evenness", "scale_by_size"):
             values = [float(run.row[column]) for run in members if run.row[column]]
             means.append(f"{np.mean(values):.2f}" if values else "one scale")
-        rows.append([SAID[dataset], model, label, str(len(members)), *means])
+        place = [SAID[first.dataset], first.row["model"], first.label, first.row["lr"]]
+        rows.append([*place, str(len(members)), *means])
     return rows
 
 
 def verdict(runs: Sequence[Kept], base: Sequence[Kept]) -> str:
     """Tell whether a form is ahead of another, behind, or which difference could have been seen."""
-    missing = sum(seed not in {run.seed for run in side} for side in (runs, base) for seed in TEST)
     found = results.difference(runs, base, base[0].primary, base[0].dataset)
-    if missing:
+    if found.seeds != TEST:
         return f"{show_difference(found)}, {len(found.seeds)} of {len(TEST)} seeds"
     if found.low > 0 or found.high < 0:
         return f"{show_difference(found)}, {'ahead' if found.low > 0 else 'behind'}"
