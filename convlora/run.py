@@ -179,13 +179,17 @@ def interruptible(rank: int) -> Iterator[list[int]]:
             came.append(number)
             if torch.distributed.is_initialized():  # the end, should this process wait for one that is gone
                 signal.alarm(STOPPING)
-            while signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL:
+            while signal.getsignal(signal.SIGCHLD) != child_ended:
                 with suppress(RuntimeError):  # torch's, of a loader process that the same signal has ended
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    signal.signal(signal.SIGCHLD, child_ended)
             raise KeyboardInterrupt
+
+    def child_ended(number: int, frame: Any) -> None:
+        """Do nothing, unlike SIG_DFL: where that takes a handler's place, Python tells of a race."""
 
     wanted = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in wanted}
+    before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, child_ended)  # Lightning puts this one back
     if slurm_job() and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:  # not that of hydra's launcher
         before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, signal.SIG_IGN if rank else stop)
     try:

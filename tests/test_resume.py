@@ -172,6 +172,23 @@ def test_a_stopped_run_says_how_to_go_on(
     assert differences(path, whole(*settings)) == []
 
 
+def test_a_loader_process_that_ends_while_a_run_stops_says_nothing() -> None:
+    """Python tells of a race where a signal comes while SIG_DFL takes a handler's place."""
+
+    def of_torch(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Terminated.")
+
+    before = signal.getsignal(signal.SIGCHLD)
+    with run.interruptible(0):
+        own = signal.signal(signal.SIGCHLD, of_torch)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGCHLD) == own
+        assert callable(own)
+        os.kill(os.getpid(), signal.SIGCHLD)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
 def test_a_run_that_slurm_requeues_goes_on(tmp_path: Path, whole: Whole) -> None:
     """SLURM announces by SIGUSR1 that the time of a job is up, and starts the same command again."""
     tool = tmp_path / "bin/scontrol"
