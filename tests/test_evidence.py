@@ -31,11 +31,12 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, in a copy of its folder without rows."""
-    folder = tmp_path / "evidence"
-    folder.mkdir()
+    """The script, in a copy of its folder without rows, below the project's page."""
+    folder = tmp_path / "docs/evidence"
+    folder.mkdir(parents=True)
     for name in ("tables.py", "README.md"):
         shutil.copy(HERE / name, folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
     spec = importlib.util.spec_from_file_location("tables", folder / "tables.py")
     assert spec is not None
     assert spec.loader is not None
@@ -91,6 +92,7 @@ def test_the_committed_tables_follow_from_the_committed_rows(tables: ModuleType,
     if (HERE / "images").is_dir():
         shutil.copytree(HERE / "images", tables.HERE / "images")
     assert write() == (HERE / "README.md").read_text()
+    assert tables.FRONT.read_text() == (ROOT / "README.md").read_text()
     assert (tables.HERE / "runs.csv").read_text() == (HERE / "runs.csv").read_text()
     for run in tables.read():
         if run.seed in TEST:
@@ -130,7 +132,7 @@ def test_learning_rates_and_forms_are_chosen_by_validation_alone(write: Write, t
         ("`lora`", "0.001", scores[0]),
         ("`mona`", "0.001", scores[1]),
     ]
-    kept = read_rows(tmp_path / "evidence/runs.csv")
+    kept = read_rows(tmp_path / "docs/evidence/runs.csv")
     assert all((row["test"] != "") == (row["seed"] == "10") for row in kept)
 
 
@@ -163,6 +165,43 @@ def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Pat
         "5",
         "dice",
         f"{everything.mean():.4f} ± {Estimate.of(everything).error:.4f}",
+    ]
+
+
+def test_the_front_page_tells_of_the_form_that_validation_chose(
+    tables: ModuleType, write: Write, tmp_path: Path
+) -> None:
+    scores = {"conv_lora": 0.6, "switch": 0.7, "scales": 0.65, "mona": 0.9, "layer": 0.99}
+    for form, score in scores.items():
+        for seed in CHOOSE if form != "layer" else (0, 1):
+            folder = ended(tmp_path, form, seed, validation=score)
+            if form != "mona":
+                write_rows(
+                    folder / "routing.csv", "layer", {"0": {"expert_1": 1.0, "expert_2": 0.0, "entropy": 0}}
+                )
+                write_rows(
+                    folder / "routing_images.csv", "image", {"0": {"object_share": 0.1, "mean_scale": 1}}
+                )
+    for dataset, seeds in (("leaf_disease", TEST), ("kvasir", (10, 11))):
+        for form, shift in {
+            "lora": 0.0,
+            "conv_lora": 0.1,
+            "switch": -0.1,
+            "scales": 0.2,
+            "mona": 0.3,
+        }.items():
+            for seed in seeds:
+                images = (np.array(drawn(seed)) + shift).tolist()
+                ended(tmp_path, form, seed, images, dataset=dataset, validation=0.5)
+                ended(tmp_path, form, seed, images, dataset=dataset, validation=0.5, model="mobile_sam")
+    write(tmp_path)
+    written = tables.FRONT.read_text().partition("tables.py -->\n")[2].partition("\n\n")[0]
+    means = [np.mean([drawn(seed) for seed in seeds]) for seeds in ((10, 11), TEST)]
+    assert written.splitlines() == [
+        f"- polyps: dice {means[0]:.3f} with `lora`; `conv_lora` +0.1000 [+0.1000, +0.1000], 2 of 5 seeds; "
+        "`switch` -0.1000 [-0.1000, -0.1000], 2 of 5 seeds",
+        f"- leaves: dice {means[1]:.3f} with `lora`; `conv_lora` +0.1000 [+0.1000, +0.1000], ahead; "
+        "`switch` -0.1000 [-0.1000, -0.1000], behind",
     ]
 
 

@@ -1,7 +1,8 @@
 """Keep what the runs of this comparison gave, and write its tables from what is kept.
 
 `python docs/evidence/tables.py FOLDER ...` adds the ended runs below the folders to runs.csv and, of seeds
-that test, their images to images/DATASET_MODEL.csv; without a folder it only writes the tables.
+that test, their images to images/DATASET_MODEL.csv; without a folder it only writes the tables. Those of this
+folder's README.md are whole, the project's has a line for each data set.
 """
 
 import csv
@@ -23,6 +24,7 @@ from convlora.results import Estimate, Run
 from convlora.run import matters
 
 HERE = Path(__file__).parent
+FRONT = HERE.parents[1] / "README.md"  # of the project
 FORMS = "evidence/"  # in conf/experiment
 CHOOSE, TEST = (0, 1, 2), (10, 11, 12, 13, 14)  # seeds
 CHOSEN_ON = ("kvasir", "sam_vit_tiny")
@@ -230,7 +232,12 @@ def best_rates(runs: Iterable[Kept]) -> dict[str, str]:
     return {form: max(scores, key=scores.__getitem__) for form, scores in tried.items() if len(scores) > 1}
 
 
-def learning_rates(runs: Sequence[Kept]) -> list[list[str]]:
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, whose first row is its head."""
+    return [f"| {' | '.join(cells)} |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
+def learning_rates(runs: Sequence[Kept]) -> list[str]:
     """Return the validation score of the first seed by form and learning rate, the best of each form bold."""
     first = {(run.row["form"], run.row["lr"]): run for run in chosen_among(runs) if run.seed == CHOOSE[0]}
     rates = sorted({lr for _, lr in first}, key=float)
@@ -239,23 +246,28 @@ def learning_rates(runs: Sequence[Kept]) -> list[list[str]]:
         scores = {lr: f"{first[form, lr].validation:.4f}" for lr in rates if (form, lr) in first}
         cells = {lr: f"**{score}**" if lr == best else score for lr, score in scores.items()}
         rows.append([f"`{form}`", *(cells.get(lr, "") for lr in rates)])
-    return rows
+    return markdown(rows)
 
 
-def forms(runs: Sequence[Kept]) -> list[list[str]]:
-    """Return the validation scores of the forms that have all seeds, the best first."""
+def ranked(runs: Iterable[Kept]) -> list[tuple[Estimate, Kept]]:
+    """Return the validation scores of the forms that have all seeds, with a run of each, the best first."""
     whole = [
         (Estimate.of([run.validation for run in members]), members[0])
         for members in by_setting(chosen_among(runs)).values()
         if sorted(run.seed for run in members) == [*CHOOSE]
     ]
+    return sorted(whole, key=lambda each: -each[0].mean)
+
+
+def forms(runs: Sequence[Kept]) -> list[str]:
+    """Return the validation scores of the forms that have all seeds, the best first."""
     rows = [["form", "learning rate", "trained parameters", "validation"]]
-    for estimate, first in sorted(whole, key=lambda each: -each[0].mean):
+    for estimate, first in ranked(runs):
         rows.append([first.label, first.row["lr"], f"{int(first.row['trained']):,}", show(estimate)])
-    return rows
+    return markdown(rows)
 
 
-def gates(runs: Sequence[Kept]) -> list[list[str]]:
+def gates(runs: Sequence[Kept]) -> list[str]:
     """Return what the gates of each setting have learnt, means over its seeds."""
     rows = [["data set", "model", "form", "learning rate", "seeds", "evenness", "scale by size"]]
     for members in by_setting(run for run in runs if run.row["evenness"]).values():
@@ -266,7 +278,7 @@ def gates(runs: Sequence[Kept]) -> list[list[str]]:
             means.append(f"{np.mean(values):.2f}" if values else "one scale")
         place = [SAID[first.dataset], first.row["model"], first.label, first.row["lr"]]
         rows.append([*place, str(len(members)), *means])
-    return rows
+    return markdown(rows)
 
 
 def verdict(runs: Sequence[Kept], base: Sequence[Kept]) -> str:
@@ -279,7 +291,7 @@ def verdict(runs: Sequence[Kept], base: Sequence[Kept]) -> str:
     return f"{show_difference(found)}, undecided ({POWER * (found.high - found.low) / 2:.4f})"
 
 
-def tests(runs: Sequence[Kept]) -> list[list[str]]:
+def tests(runs: Sequence[Kept]) -> list[str]:
     """Return the test scores of the forms on each data set beside those of plain LoRA."""
     heads = ["data set", "model", "form", "trained parameters", "seeds", "score", "test"]
     rows = [[*heads, "to `lora`", "to `lora` of equal size"]]
@@ -296,33 +308,51 @@ def tests(runs: Sequence[Kept]) -> list[list[str]]:
             ]
             cells.append(verdict(members, bases[0]) if bases and bases[0] is not members else "")
         rows.append(cells)
-    return rows
+    return markdown(rows)
 
 
-def fill(text: str, title: str, rows: Sequence[Sequence[str]]) -> str:
-    """Return a page with the table of a title, the lines of | that follow its mark, anew.
+def measured(runs: Sequence[Kept]) -> list[str]:
+    """Return how Conv-LoRA as released and the form of it that was chosen stand to LoRA on each data set."""
+    chosen = next((run for _, run in ranked(runs) if run.row["evenness"]), None)
+    forms = dict.fromkeys(["conv_lora", *([chosen.row["form"]] if chosen else [])])
+    groups = by_setting(run for run in runs if run.seed in TEST and run.row["model"] == CHOSEN_ON[1])
+    found = {(first.dataset, first.label): members for members in groups.values() for first in members[:1]}
+    lines = []
+    for dataset, said in SAID.items():
+        if base := found.get((dataset, "`lora`")):
+            mean = f"{base[0].primary} {Estimate.of([run.test for run in base]).mean:.3f} with `lora`"
+            others = [
+                f"`{form}` {verdict(found[dataset, f'`{form}`'], base)}"
+                for form in forms
+                if (dataset, f"`{form}`") in found
+            ]
+            lines.append(f"- {said}: {'; '.join([mean, *others])}")
+    return lines
+
+
+def fill(page: Path, title: str, lines: Iterable[str]) -> None:
+    """Write lines into a page, in place of those that follow the mark of their title up to an empty one.
 
     Raises:
         ValueError: the page has no such mark.
     """
     mark = f"<!-- {title}: written by docs/evidence/tables.py -->\n"
-    if mark not in text:
-        raise ValueError(f"the page has no place for the table {title!r}; add the line {mark}")
-    lines = [f"| {' | '.join(cells)} |\n" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-    before, _, after = text.partition(mark)
-    return before + mark + "".join(lines) + re.sub(r"\A(\|.*\n)*", "", after)
+    before, found, after = page.read_text().partition(mark)
+    if not found:
+        raise ValueError(f"{page} has no place for {title!r}; add the line {mark}")
+    rest = re.sub(r"\A(.+\n)*", "", after)
+    page.write_text(before + mark + "".join(f"{line}\n" for line in lines) + rest)
 
 
 def main() -> None:
     """Keep the runs below the folders that are given, and write the tables."""
     keep(map(Path, sys.argv[1:]))
     runs, page = read(), HERE / "README.md"
-    text = page.read_text()
-    for title, table in {
-        "learning rates": learning_rates, "forms": forms, "gates": gates, "tests": tests
-    }.items():  # fmt: skip
-        text = fill(text, title, table(runs))
-    page.write_text(text)
+    fill(page, "learning rates", learning_rates(runs))
+    fill(page, "forms", forms(runs))
+    fill(page, "gates", gates(runs))
+    fill(page, "tests", tests(runs))
+    fill(FRONT, "measured", measured(runs))
 
 
 if __name__ == "__main__":
