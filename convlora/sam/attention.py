@@ -132,7 +132,8 @@ def folded_attention(
     The values are padded to the same width, which flash kernels demand.
     """
     h, w, d = q.shape[1:]
-    attended = fused_attention(*fold(q, k, v, row_table, col_table, padding))
+    folded = fold(q, k, row_table, col_table, padding)
+    attended = fused_attention(*folded, F.pad(v, (0, h + w + padding)).flatten(1, 2))
     return attended[..., :d].unflatten(1, (h, w))  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -153,25 +154,32 @@ def prompted_attention(
         What the queries attend to, [n, h w + p, d].
     """
     h, w, d = len(row_table), len(col_table), q.shape[-1]
-    q_grid, k_grid, v_grid = (t[:, : h * w].reshape(-1, h, w, d) for t in (q, k, v))
-    prompts = (t[:, h * w :] for t in (q * d**-0.5, k, v))
-    folded = fold(q_grid, k_grid, v_grid, row_table, col_table, padding)
-    beside = (F.pad(t, (0, h + w + padding)) for t in prompts)
-    joined = [torch.cat(pair, dim=1) for pair in zip(folded, beside, strict=True)]
-    return fused_attention(*joined)[..., :d]
+    q_grid, k_grid = (t[:, : h * w].reshape(-1, h, w, d) for t in (q, k))
+    folded = fold(q_grid, k_grid, row_table, col_table, padding)
+    beside = (F.pad(t[:, h * w :], (0, h + w + padding)) for t in (q * d**-0.5, k))
+    q, k = (torch.cat(pair, dim=1) for pair in zip(folded, beside, strict=True))
+    return fused_attention(q, k, F.pad(v, (0, h + w + padding)))[..., :d]
 
 
 def fold(
-    q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_table: Tensor, padding: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the queries, keys and values of the one product, each [n, h w, d + h + w + padding]."""
-    n, h, w, d = q.shape
-    rel_h, rel_w = relative_scores(q, row_table, col_table)
+    q: Tensor, k: Tensor, row_table: Tensor, col_table: Tensor, padding: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return the queries and keys of the one product, [n, y w, d + h + w + padding] and [n, h w, the same].
+
+    Args:
+        q: queries of some rows [n, y, w, d].
+        k: keys [n, h, w, d].
+        row_table: embedding of the offset between these rows and all [y, h, d].
+        col_table: embedding of the offset between each two columns [w, w, d].
+        padding: zeros behind the product.
+    """
+    n, h, w, d = k.shape
     position = [t.to(k.dtype).expand(n, -1, -1, -1) for t in position_of_keys(h, w, k.device)]
     zeros = k.new_zeros(n, h, w, padding)
-    q = torch.cat([q * d**-0.5, rel_h, rel_w, zeros], dim=-1).flatten(1, 2)
-    k = torch.cat([k, *position, zeros], dim=-1).flatten(1, 2)
-    return q, k, F.pad(v, (0, h + w + padding)).flatten(1, 2)
+    rel_h, rel_w = relative_scores(q, row_table, col_table)
+    q = torch.cat([q * d**-0.5, rel_h, rel_w, zeros[:, : q.shape[1]]], dim=-1)
+    k = torch.cat([k, *position, zeros], dim=-1)
+    return q.flatten(1, 2), k.flatten(1, 2)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -210,6 +218,14 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, row_table: Tensor, col_tabl
     return torch.cat(strips)
 
 
+def is_narrow(q: Tensor) -> bool:
+    """Whether rows of queries [n, y, w, d] are too short for a CPU's vectors, of 32 bfloat16.
+
+    Sums over such rows, and terms added along them, then take longer than the wider product of `fold`.
+    """
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] < 32
+
+
 class Tile(torch.autograd.Function):
     """`attend` for some rows of queries; keeps its inputs only."""
 
@@ -228,9 +244,15 @@ class Tile(torch.autograd.Function):
         d_v = torch.bmm(weights.transpose(1, 2), flat).view(v.shape)
         d_weights = torch.bmm(flat, v.flatten(1, 2).transpose(1, 2))
         d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        grid = d_scores.view(n, y, w, *k.shape[1:3])
-        d_rel_h, d_rel_w = grid.sum(dim=4), grid.sum(dim=3)
-        d_q = torch.bmm(d_scores, k.flatten(1, 2)).view(q.shape) * d**-0.5
+        if is_narrow(q):
+            _, folded = fold(q, k, row_table, col_table)
+            d_folded = torch.bmm(d_scores, folded).view(n, y, w, -1)
+            d_q, d_rel_h, d_rel_w = torch.split(d_folded, [d, *k.shape[1:3]], dim=-1)
+            d_q = d_q * d**-0.5
+        else:
+            grid = d_scores.view(n, y, w, *k.shape[1:3])
+            d_rel_h, d_rel_w = grid.sum(dim=4), grid.sum(dim=3)
+            d_q = torch.bmm(d_scores, k.flatten(1, 2)).view(q.shape) * d**-0.5
         d_q += torch.einsum("nywh,yhc->nywc", d_rel_h, row_table)
         d_q += torch.einsum("nywx,wxc->nywc", d_rel_w, col_table)
         d_k = torch.bmm(d_scores.transpose(1, 2), q.flatten(1, 2) * d**-0.5).view(k.shape)
@@ -241,6 +263,9 @@ class Tile(torch.autograd.Function):
     @staticmethod
     def weights(q: Tensor, k: Tensor, row_table: Tensor, col_table: Tensor) -> Tensor:
         """Return the softmax of the scores [n, y w, h w]."""
+        if is_narrow(q):
+            q, k = fold(q, k, row_table, col_table)
+            return torch.bmm(q, k.transpose(1, 2)).softmax(dim=-1)
         n, y, w, d = q.shape
         rel_h, rel_w = relative_scores(q, row_table, col_table)
         scores = torch.bmm(q.flatten(1, 2) * d**-0.5, k.flatten(1, 2).transpose(1, 2))

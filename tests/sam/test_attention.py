@@ -42,6 +42,12 @@ def run(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, [x, module.qkv.weight], cotangent)]
 
 
+@pytest.fixture(params=[False, True], ids=["terms added", "terms folded"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of narrow rows and of wide ones, whatever the precision."""
+    monkeypatch.setattr(ours, "is_narrow", lambda q: request.param)
+
+
 @pytest.mark.parametrize("attend", [tiled_attention, folded_attention, partial(folded_attention, padding=5)])
 @pytest.mark.parametrize("size", SIZES)
 def test_attention_equals_segment_anything(
@@ -80,6 +86,7 @@ def test_attention_on_a_consumer_gpu_is_padded(monkeypatch: pytest.MonkeyPatch) 
     assert widths == [232, 232, 232]
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_second_derivatives_are_right() -> None:
     torch.manual_seed(0)
     shapes = [(2, 3, 2, 3)] * 3 + [(3, 3, 3), (2, 2, 3)]
@@ -87,6 +94,7 @@ def test_second_derivatives_are_right() -> None:
     assert torch.autograd.gradgradcheck(tiled_attention, inputs)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_tiles_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = reference((7, 7))
     x = torch.randn(4, 7, 7, 24)
@@ -102,10 +110,13 @@ def test_other_sizes_resample_offsets_as_segment_anything_does() -> None:
 
 
 @pytest.mark.parametrize("attend", [tiled_attention, folded_attention])
-def test_half_precision_stays_near_single(attend: object, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [(7, 7), (2, 40)])
+def test_half_precision_stays_near_single(
+    size: tuple[int, int], attend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ours, "attend", attend)
-    module = RelPosAttention(reference((7, 7)))
-    x = torch.randn(2, 7, 7, 24)
+    module = RelPosAttention(reference(size))
+    x = torch.randn(2, *size, 24)
     exact = run(module, x)
     with torch.autocast("cpu", torch.bfloat16):
         half = run(module, x)
@@ -140,6 +151,7 @@ def test_tables_follow_loaded_weights() -> None:
     assert set(other) == set(reference((5, 5)).state_dict())
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_positions_can_learn() -> None:
     theirs = reference((5, 5))
     module = RelPosAttention(theirs)
