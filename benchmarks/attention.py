@@ -1,10 +1,12 @@
 """Attention with relative positions against segment-anything's: `python -m benchmarks.attention`.
 
-ViT-B's width; forward and backward. On a GPU in bfloat16, with FlexAttention as a third way. Each way's
-memory is the peak of a process of its own on a CPU, of the allocator on a GPU, less what was held before.
+ViT-B's width; forward and backward, in fp32 and bf16 on a CPU, on a GPU in bf16 with FlexAttention as a third
+way. Each way's memory is the peak of a process of its own on a CPU, of the allocator on a GPU, less what was
+held before.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -54,7 +56,12 @@ def ways(device: str) -> list[str]:
     )
 
 
-def step(way: str, grid: str, device: str) -> Callable[[], Any]:
+def precisions(device: str) -> list[str]:
+    """Return the precisions in which trainings on a device compute."""
+    return ["fp32", "bf16"] if device == "cpu" else ["bf16"]
+
+
+def step(way: str, grid: str, precision: str, device: str) -> Callable[[], Any]:
     """Return one forward and backward pass of a frozen module."""
     n, side = GRIDS[grid]
     torch.manual_seed(0)
@@ -66,28 +73,28 @@ def step(way: str, grid: str, device: str) -> Callable[[], Any]:
 
     def run() -> None:
         attention.attend = WAYS[way] or attention.attend  # the way that the module takes
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             y = module(x)
         y.sum().backward()
 
     return run
 
 
-def memory(way: str, grid: str, device: str) -> float:
+def memory(way: str, grid: str, precision: str, device: str) -> float:
     """Return what one pass adds to the memory held, MiB."""
     if device == "cuda":
-        run = step(way, grid, device)
+        run = step(way, grid, precision, device)
         run()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_memory_of_process, (way, grid))
+        return pool.apply(_memory_of_process, (way, grid, precision))
 
 
-def _memory_of_process(way: str, grid: str) -> float:
-    run = step(way, grid, "cpu")
+def _memory_of_process(way: str, grid: str, precision: str) -> float:
+    run = step(way, grid, precision, "cpu")
     before = measure.memory("VmRSS")
     run()
     return measure.memory("VmHWM") - before
@@ -102,13 +109,15 @@ def main() -> None:
     device = options.device
     warm_heap()
     rows = []
-    for grid in GRIDS:
-        taken = alternate({way: step(way, grid, device) for way in ways(device)}, options.rounds, device)
-        held = {way: memory(way, grid, device) for way in taken}
+    for grid, precision in itertools.product(GRIDS, precisions(device)):
+        steps = {way: step(way, grid, precision, device) for way in ways(device)}
+        taken = alternate(steps, options.rounds, device)
+        held = {way: memory(way, grid, precision, device) for way in taken}
         for way, times in taken.items():
             rows.append(
                 {
                     "tokens": grid,
+                    "precision": precision,
                     "way": way,
                     "ms": 1e3 * statistics.median(times),
                     "time over segment-anything": ratio(taken, way, "segment-anything"),
