@@ -144,11 +144,23 @@ def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Pat
             ended(tmp_path, form, seed, (np.array(drawn(seed)) + shift + noise).tolist())
     for seed in TEST:
         ended(tmp_path, "lora", seed, (np.array(drawn(seed)) + 0.2).tolist(), match=3_000_000)
+        ended(tmp_path, "lora", seed, (np.array(drawn(seed)) + 0.3).tolist(), lr=1e-4)  # not the chosen one
+        ended(tmp_path, "lora", seed, (np.array(drawn(seed)) + 0.4).tolist(), lr=1e-4, match=3_000_000)
     for seed in list(TEST)[:4]:
         ended(tmp_path, "switch", seed, (np.array(drawn(seed)) + 0.1).tolist())
-    ended(tmp_path, "lora", 0, [0.0] * 12)  # a seed that chooses is no test
-    rows = {row[2]: row[3:] for row in cells(write(tmp_path), "tests")}
+    for lr, validation in ((1e-3, 0.3), (1e-4, 0.2)):
+        ended(tmp_path, "lora", 0, [0.0] * 12, lr, validation=validation)  # a seed that chooses is no test
+    written = cells(write(tmp_path), "tests")
+    rows = {row[2]: row[4:] for row in written if row[3] == "0.001"}
     assert [*rows] == ["`conv_lora`", "`layer`", "`lora`", "`lora` `match=3000000`", "`mona`", "`switch`"]
+    others = [(row[2], *row[-2:]) for row in written if row[3] == "0.0001"]
+    ahead = {
+        shift: f"+{shift} [+{shift}, +{shift}], ahead" for shift in ("0.1000", "0.2000", "0.3000", "0.4000")
+    }
+    assert others == [
+        ("`lora`", ahead["0.3000"], ahead["0.1000"]),
+        ("`lora` `match=3000000`", ahead["0.4000"], ahead["0.2000"]),
+    ]
     to_lora = {form: row[-2] for form, row in rows.items()}
     assert to_lora["`lora`"] == ""
     assert to_lora["`conv_lora`"] == "+0.1000 [+0.1000, +0.1000], ahead"
@@ -171,11 +183,11 @@ def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Pat
 def test_the_front_page_tells_of_the_form_that_validation_chose(
     tables: ModuleType, write: Write, tmp_path: Path
 ) -> None:
-    scores = {"conv_lora": 0.6, "switch": 0.7, "scales": 0.65, "mona": 0.9, "layer": 0.99}
+    scores = {"lora": 0.5, "conv_lora": 0.6, "switch": 0.7, "scales": 0.65, "mona": 0.9, "layer": 0.99}
     for form, score in scores.items():
         for seed in CHOOSE if form != "layer" else (0, 1):
             folder = ended(tmp_path, form, seed, validation=score)
-            if form != "mona":
+            if form not in ("lora", "mona"):
                 write_rows(
                     folder / "routing.csv", "layer", {"0": {"expert_1": 1.0, "expert_2": 0.0, "entropy": 0}}
                 )
@@ -194,6 +206,8 @@ def test_the_front_page_tells_of_the_form_that_validation_chose(
                 images = (np.array(drawn(seed)) + shift).tolist()
                 ended(tmp_path, form, seed, images, dataset=dataset, validation=0.5)
                 ended(tmp_path, form, seed, images, dataset=dataset, validation=0.5, model="mobile_sam")
+                low = (np.array(images) - 0.05).tolist()
+                ended(tmp_path, form, seed, low, 1e-4, dataset=dataset, validation=0.5)
     write(tmp_path)
     written = tables.FRONT.read_text().partition("tables.py -->\n")[2].partition("\n\n")[0]
     means = [np.mean([drawn(seed) for seed in seeds]) for seeds in ((10, 11), TEST)]
@@ -215,14 +229,15 @@ def test_models_and_data_sets_are_compared_apart(write: Write, tmp_path: Path) -
             dataset, model = place
             ended(tmp_path, "lora", seed, np.full(8, score).tolist(), dataset=dataset, model=model)
             ended(tmp_path, "mona", seed, np.full(8, score + 0.01).tolist(), dataset=dataset, model=model)
+    ended(tmp_path, "lora", 0)
     rows = cells(write(tmp_path), "tests")
     assert [row[:2] for row in rows[::2]] == [
         ["camouflage", "sam_vit_tiny"],
         ["polyps", "mobile_sam"],
         ["polyps", "sam_vit_tiny"],
     ]
-    assert [row[6] for row in rows[::2]] == ["0.7000 ± 0.0000", "0.5000 ± 0.0000", "0.2000 ± 0.0000"]
-    assert {row[7] for row in rows[1::2]} == {"+0.0100 [+0.0100, +0.0100], ahead"}
+    assert [row[7] for row in rows[::2]] == ["0.7000 ± 0.0000", "0.5000 ± 0.0000", "0.2000 ± 0.0000"]
+    assert {row[8] for row in rows[1::2]} == {"+0.0100 [+0.0100, +0.0100], ahead"}
 
 
 def test_folds_are_compared_over_seeds(write: Write, tmp_path: Path) -> None:
@@ -232,10 +247,11 @@ def test_folds_are_compared_over_seeds(write: Write, tmp_path: Path) -> None:
             folder = ended(tmp_path, form, seed, (np.array(drawn(seed)) + shift).tolist(), **roads)
             table = (folder / "images.csv").read_text()
             (folder / "images.csv").write_text(re.sub(r"(?m)^(\d+\.png)", rf"{seed}_\1", table))
+    ended(tmp_path, "lora", 0)
     row = cells(write(tmp_path), "tests")[1]
     shifts = np.array([[0.01 * seed] for seed in TEST])
     low, high = interval(shifts)
-    assert row[7] == f"+0.1200 [{low:+.4f}, {high:+.4f}], ahead"
+    assert row[8] == f"+0.1200 [{low:+.4f}, {high:+.4f}], ahead"
 
 
 def test_runs_are_kept_once_and_stay_kept(tables: ModuleType, write: Write, tmp_path: Path) -> None:
@@ -257,7 +273,6 @@ def test_runs_are_kept_once_and_stay_kept(tables: ModuleType, write: Write, tmp_
     ("other", "told"),
     [
         ({"form": "lora", "seed": 10, "images": drawn(11)}, "another run of this setting and seed"),
-        ({"form": "lora", "seed": 11, "lr": 1e-4}, "different lr"),
         ({"form": "mona", "seed": 10, "epochs": 6}, "different ground"),
         ({"form": "lora", "seed": 7}, "is no run of the comparison"),
         (

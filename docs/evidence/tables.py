@@ -179,9 +179,8 @@ def check(rows: Iterable[Mapping[str, str]]) -> None:
     for row in rows:
         place = (row["dataset"], row["model"])
         claims = [("ground", *place), ("score", *place), ("method", *place, row["form"], row["match"])]
-        if int(row["seed"]) in TEST:
-            claims.append(("lr", *place, row["form"], row["match"]))
-            claims += [("match", *place)] if row["form"] == "lora" and row["match"] else []
+        if int(row["seed"]) in TEST and row["form"] == "lora" and row["match"]:
+            claims.append(("match", *place))
         for claim in claims:
             value, first = alike.setdefault(claim, (row[claim[0]], row))
             if value != row[claim[0]]:
@@ -224,12 +223,12 @@ def chosen_among(runs: Iterable[Kept]) -> list[Kept]:
 
 
 def best_rates(runs: Iterable[Kept]) -> dict[str, str]:
-    """Return by form the best learning rate in validation of the first seed, where several were tried."""
+    """Return by form the best learning rate in validation of the first seed, of those that were tried."""
     tried: dict[str, dict[str, float]] = {}
     for run in chosen_among(runs):
         if run.seed == CHOOSE[0] and not run.row["match"]:
             tried.setdefault(run.row["form"], {})[run.row["lr"]] = run.validation
-    return {form: max(scores, key=scores.__getitem__) for form, scores in tried.items() if len(scores) > 1}
+    return {form: max(scores, key=scores.__getitem__) for form, scores in tried.items()}
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -238,14 +237,15 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def learning_rates(runs: Sequence[Kept]) -> list[str]:
-    """Return the validation score of the first seed by form and learning rate, the best of each form bold."""
+    """Return the validation score of the first seed by form and learning rate, where several were tried."""
     first = {(run.row["form"], run.row["lr"]): run for run in chosen_among(runs) if run.seed == CHOOSE[0]}
     rates = sorted({lr for _, lr in first}, key=float)
     rows = [["form", *rates]]
     for form, best in best_rates(runs).items():
         scores = {lr: f"{first[form, lr].validation:.4f}" for lr in rates if (form, lr) in first}
         cells = {lr: f"**{score}**" if lr == best else score for lr, score in scores.items()}
-        rows.append([f"`{form}`", *(cells.get(lr, "") for lr in rates)])
+        if len(cells) > 1:
+            rows.append([f"`{form}`", *(cells.get(lr, "") for lr in rates)])
     return markdown(rows)
 
 
@@ -293,18 +293,20 @@ def verdict(runs: Sequence[Kept], base: Sequence[Kept]) -> str:
 
 def tests(runs: Sequence[Kept]) -> list[str]:
     """Return the test scores of the forms on each data set beside those of plain LoRA."""
-    heads = ["data set", "model", "form", "trained parameters", "seeds", "score", "test"]
+    heads = ["data set", "model", "form", "learning rate", "trained parameters", "seeds", "score", "test"]
     rows = [[*heads, "to `lora`", "to `lora` of equal size"]]
     groups = by_setting(run for run in runs if run.seed in TEST)
     for (dataset, model, *_), members in groups.items():
         first = members[0]
-        cells = [SAID[dataset], model, first.label, f"{int(first.row['trained']):,}", str(len(members))]
-        cells += [first.primary, show(Estimate.of([run.test for run in members]))]
+        cells = [SAID[dataset], model, first.label, first.row["lr"], f"{int(first.row['trained']):,}"]
+        cells += [str(len(members)), first.primary, show(Estimate.of([run.test for run in members]))]
         for is_match in (False, True):
             bases = [
                 each
                 for key, each in groups.items()
-                if key[:3] == (dataset, model, "lora") and bool(each[0].row["match"]) == is_match
+                if key[:3] == (dataset, model, "lora")
+                and bool(each[0].row["match"]) == is_match
+                and each[0].row["lr"] == best_rates(runs).get("lora")
             ]
             cells.append(verdict(members, bases[0]) if bases and bases[0] is not members else "")
         rows.append(cells)
@@ -313,20 +315,18 @@ def tests(runs: Sequence[Kept]) -> list[str]:
 
 def measured(runs: Sequence[Kept]) -> list[str]:
     """Return how Conv-LoRA as released and the form of it that was chosen stand to LoRA on each data set."""
-    chosen = next((run for _, run in ranked(runs) if run.row["evenness"]), None)
-    forms = dict.fromkeys(["conv_lora", *([chosen.row["form"]] if chosen else [])])
-    groups = by_setting(run for run in runs if run.seed in TEST and run.row["model"] == CHOSEN_ON[1])
-    found = {(first.dataset, first.label): members for members in groups.values() for first in members[:1]}
+    chosen = next((run.row["form"] for _, run in ranked(runs) if run.row["evenness"]), "conv_lora")
+    groups = by_setting(run for run in runs if run.seed in TEST)
     lines = []
     for dataset, said in SAID.items():
-        if base := found.get((dataset, "`lora`")):
+        base, *others = (
+            groups.get((dataset, CHOSEN_ON[1], form, "", best_rates(runs).get(form, "")), [])
+            for form in dict.fromkeys(["lora", "conv_lora", chosen])
+        )
+        if base:
             mean = f"{base[0].primary} {Estimate.of([run.test for run in base]).mean:.3f} with `lora`"
-            others = [
-                f"`{form}` {verdict(found[dataset, f'`{form}`'], base)}"
-                for form in forms
-                if (dataset, f"`{form}`") in found
-            ]
-            lines.append(f"- {said}: {'; '.join([mean, *others])}")
+            verdicts = [f"{members[0].label} {verdict(members, base)}" for members in others if members]
+            lines.append(f"- {said}: {'; '.join([mean, *verdicts])}")
     return lines
 
 
