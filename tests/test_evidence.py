@@ -153,7 +153,7 @@ def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Pat
     written = cells(write(tmp_path), "tests")
     rows = {row[2]: row[4:] for row in written if row[3] == "0.001"}
     assert [*rows] == ["`conv_lora`", "`layer`", "`lora`", "`lora` `match=3000000`", "`mona`", "`switch`"]
-    others = [(row[2], *row[-2:]) for row in written if row[3] == "0.0001"]
+    others = [(row[2], *row[-3:-1]) for row in written if row[3] == "0.0001"]
     ahead = {
         shift: f"+{shift} [+{shift}, +{shift}], ahead" for shift in ("0.1000", "0.2000", "0.3000", "0.4000")
     }
@@ -161,7 +161,9 @@ def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Pat
         ("`lora`", ahead["0.3000"], ahead["0.1000"]),
         ("`lora` `match=3000000`", ahead["0.4000"], ahead["0.2000"]),
     ]
-    to_lora = {form: row[-2] for form, row in rows.items()}
+    of_equal_rate = [row[-1] for row in written if row[-1]]
+    assert of_equal_rate == [ahead["0.1000"]]  # LoRA of greater size at 1e-4
+    to_lora = {form: row[-3] for form, row in rows.items()}
     assert to_lora["`lora`"] == ""
     assert to_lora["`conv_lora`"] == "+0.1000 [+0.1000, +0.1000], ahead"
     assert to_lora["`mona`"] == "-0.1000 [-0.1000, -0.1000], behind"
@@ -169,7 +171,7 @@ def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Pat
     low, high, seen = map(float, re.findall(r"[+-]?\d\.\d+", to_lora["`layer`"])[1:])
     assert low < 0 < high
     assert seen == pytest.approx(0.7 * (high - low), abs=1e-4)
-    matched = {form: row[-1] for form, row in rows.items()}
+    matched = {form: row[-2] for form, row in rows.items()}
     assert matched["`lora` `match=3000000`"] == ""
     assert matched["`conv_lora`"] == "-0.1000 [-0.1000, -0.1000], behind"
     everything = np.array([drawn(seed) for seed in TEST]).mean(axis=1)
@@ -208,14 +210,18 @@ def test_the_front_page_tells_of_the_form_that_validation_chose(
                 ended(tmp_path, form, seed, images, dataset=dataset, validation=0.5, model="mobile_sam")
                 low = (np.array(images) - 0.05).tolist()
                 ended(tmp_path, form, seed, low, 1e-4, dataset=dataset, validation=0.5)
+                if form == "lora":
+                    equal = (np.array(images) + 0.02).tolist()
+                    ended(tmp_path, form, seed, equal, dataset=dataset, match=3_000_000)
+                    ended(tmp_path, form, seed, low, 1e-4, dataset=dataset, match=3_000_000)
     write(tmp_path)
     written = tables.FRONT.read_text().partition("tables.py -->\n")[2].partition("\n\n")[0]
     means = [np.mean([drawn(seed) for seed in seeds]) for seeds in ((10, 11), TEST)]
     assert written.splitlines() == [
-        f"- polyps: dice {means[0]:.3f} with `lora`; `conv_lora` +0.1000 [+0.1000, +0.1000], 2 of 5 seeds; "
-        "`switch` -0.1000 [-0.1000, -0.1000], 2 of 5 seeds",
-        f"- leaves: dice {means[1]:.3f} with `lora`; `conv_lora` +0.1000 [+0.1000, +0.1000], ahead; "
-        "`switch` -0.1000 [-0.1000, -0.1000], behind",
+        f"- polyps: dice {means[0] + 0.02:.3f} with LoRA; `conv_lora` +0.0800 [+0.0800, +0.0800], "
+        "2 of 5 seeds; `switch` -0.1200 [-0.1200, -0.1200], 2 of 5 seeds",
+        f"- leaves: dice {means[1] + 0.02:.3f} with LoRA; `conv_lora` +0.0800 [+0.0800, +0.0800], ahead; "
+        "`switch` -0.1200 [-0.1200, -0.1200], behind",
     ]
 
 

@@ -291,42 +291,42 @@ def verdict(runs: Sequence[Kept], base: Sequence[Kept]) -> str:
     return f"{show_difference(found)}, undecided ({POWER * (found.high - found.low) / 2:.4f})"
 
 
+def lora(runs: Sequence[Kept], dataset: str, model: str, lr: str, of_equal_size: bool) -> list[Kept]:
+    """Return the tested runs of plain LoRA, of its natural size or of the best form's."""
+    key = (dataset, model, "lora", lr, of_equal_size)
+    tested = [run for run in runs if run.seed in TEST]
+    return [run for run in tested if (*identity(run.row)[:3], run.row["lr"], bool(run.row["match"])) == key]
+
+
 def tests(runs: Sequence[Kept]) -> list[str]:
     """Return the test scores of the forms on each data set beside those of plain LoRA."""
     heads = ["data set", "model", "form", "learning rate", "trained parameters", "seeds", "score", "test"]
-    rows = [[*heads, "to `lora`", "to `lora` of equal size"]]
-    groups = by_setting(run for run in runs if run.seed in TEST)
-    for (dataset, model, *_), members in groups.items():
-        first = members[0]
-        cells = [SAID[dataset], model, first.label, first.row["lr"], f"{int(first.row['trained']):,}"]
+    rows = [[*heads, "to `lora`", "to `lora` of equal size", "to `lora` of equal learning rate"]]
+    best = best_rates(runs).get("lora", "")
+    for (dataset, model, *_), members in by_setting(run for run in runs if run.seed in TEST).items():
+        first, lr = members[0], members[0].row["lr"]
+        cells = [SAID[dataset], model, first.label, lr, f"{int(first.row['trained']):,}"]
         cells += [str(len(members)), first.primary, show(Estimate.of([run.test for run in members]))]
-        for is_match in (False, True):
-            bases = [
-                each
-                for key, each in groups.items()
-                if key[:3] == (dataset, model, "lora")
-                and bool(each[0].row["match"]) == is_match
-                and each[0].row["lr"] == best_rates(runs).get("lora")
-            ]
-            cells.append(verdict(members, bases[0]) if bases and bases[0] is not members else "")
+        bases = [lora(runs, dataset, model, best, of_equal_size) for of_equal_size in (False, True)]
+        bases.append(lora(runs, dataset, model, lr, of_equal_size=False) if lr != best else [])
+        cells += [verdict(members, base) if base not in ([], members) else "" for base in bases]
         rows.append(cells)
     return markdown(rows)
 
 
 def measured(runs: Sequence[Kept]) -> list[str]:
-    """Return how Conv-LoRA as released and the form of it that was chosen stand to LoRA on each data set."""
+    """Return how Conv-LoRA as released and the form of it that was chosen stand to LoRA of equal size."""
     chosen = next((run.row["form"] for _, run in ranked(runs) if run.row["evenness"]), "conv_lora")
-    groups = by_setting(run for run in runs if run.seed in TEST)
+    best, groups = best_rates(runs), by_setting(run for run in runs if run.seed in TEST)
     lines = []
     for dataset, said in SAID.items():
-        base, *others = (
-            groups.get((dataset, CHOSEN_ON[1], form, "", best_rates(runs).get(form, "")), [])
-            for form in dict.fromkeys(["lora", "conv_lora", chosen])
-        )
+        base = lora(runs, dataset, CHOSEN_ON[1], best.get("lora", ""), of_equal_size=True)
         if base:
-            mean = f"{base[0].primary} {Estimate.of([run.test for run in base]).mean:.3f} with `lora`"
-            verdicts = [f"{members[0].label} {verdict(members, base)}" for members in others if members]
-            lines.append(f"- {said}: {'; '.join([mean, *verdicts])}")
+            cells = [f"{base[0].primary} {Estimate.of([run.test for run in base]).mean:.3f} with LoRA"]
+            for form in dict.fromkeys(["conv_lora", chosen]):
+                members = groups.get((dataset, CHOSEN_ON[1], form, "", best.get(form, "")))
+                cells += [f"{members[0].label} {verdict(members, base)}"] if members else []
+            lines.append(f"- {said}: {'; '.join(cells)}")
     return lines
 
 
