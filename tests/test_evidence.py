@@ -146,13 +146,15 @@ def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Pat
         ended(tmp_path, "lora", seed, (np.array(drawn(seed)) + 0.2).tolist(), match=3_000_000)
         ended(tmp_path, "lora", seed, (np.array(drawn(seed)) + 0.3).tolist(), lr=1e-4)  # not the chosen one
         ended(tmp_path, "lora", seed, (np.array(drawn(seed)) + 0.4).tolist(), lr=1e-4, match=3_000_000)
-    for seed in list(TEST)[:4]:
-        ended(tmp_path, "switch", seed, (np.array(drawn(seed)) + 0.1).tolist())
+    for form, count in (("switch", 3), ("scales", 2)):
+        for seed in list(TEST)[:count]:
+            ended(tmp_path, form, seed, (np.array(drawn(seed)) + 0.1).tolist())
     for lr, validation in ((1e-3, 0.3), (1e-4, 0.2)):
         ended(tmp_path, "lora", 0, [0.0] * 12, lr, validation=validation)  # a seed that chooses is no test
     written = cells(write(tmp_path), "tests")
     rows = {row[2]: row[4:] for row in written if row[3] == "0.001"}
-    assert [*rows] == ["`conv_lora`", "`layer`", "`lora`", "`lora` `match=3000000`", "`mona`", "`switch`"]
+    forms = ["conv_lora", "layer", "lora", "lora` `match=3000000", "mona", "scales", "switch"]
+    assert [*rows] == [f"`{form}`" for form in forms]
     others = [(row[2], *row[-3:-1]) for row in written if row[3] == "0.0001"]
     ahead = {
         shift: f"+{shift} [+{shift}, +{shift}], ahead" for shift in ("0.1000", "0.2000", "0.3000", "0.4000")
@@ -167,7 +169,8 @@ def test_a_verdict_needs_an_interval_apart_from_zero(write: Write, tmp_path: Pat
     assert to_lora["`lora`"] == ""
     assert to_lora["`conv_lora`"] == "+0.1000 [+0.1000, +0.1000], ahead"
     assert to_lora["`mona`"] == "-0.1000 [-0.1000, -0.1000], behind"
-    assert to_lora["`switch`"].endswith(", 4 of 5 seeds")
+    assert to_lora["`switch`"] == "+0.1000 [+0.1000, +0.1000], ahead, 3 of 5 seeds"
+    assert to_lora["`scales`"] == "+0.1000 [+0.1000, +0.1000], 2 of 5 seeds"
     low, high, seen = map(float, re.findall(r"[+-]?\d\.\d+", to_lora["`layer`"])[1:])
     assert low < 0 < high
     assert seen == pytest.approx(0.7 * (high - low), abs=1e-4)

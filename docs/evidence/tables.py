@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 FRONT = HERE.parents[1] / "README.md"  # of the project
 FORMS = "evidence/"  # in conf/experiment
 CHOOSE, TEST = (0, 1, 2), (10, 11, 12, 13, 14)  # seeds
+ENOUGH = 3  # seeds that a verdict needs
 CHOSEN_ON = ("kvasir", "sam_vit_tiny")
 KEYS = ("dataset", "model", "form", "match", "lr", "seed")
 SAID = {
@@ -284,11 +285,14 @@ def gates(runs: Sequence[Kept]) -> list[str]:
 def verdict(runs: Sequence[Kept], base: Sequence[Kept]) -> str:
     """Tell whether a form is ahead of another, behind, or which difference could have been seen."""
     found = results.difference(runs, base, base[0].primary, base[0].dataset)
+    told = [show_difference(found)]
+    if len(found.seeds) >= ENOUGH:
+        apart = found.low > 0 or found.high < 0
+        seen = f"undecided ({POWER * (found.high - found.low) / 2:.4f})"
+        told.append(("ahead" if found.low > 0 else "behind") if apart else seen)
     if found.seeds != TEST:
-        return f"{show_difference(found)}, {len(found.seeds)} of {len(TEST)} seeds"
-    if found.low > 0 or found.high < 0:
-        return f"{show_difference(found)}, {'ahead' if found.low > 0 else 'behind'}"
-    return f"{show_difference(found)}, undecided ({POWER * (found.high - found.low) / 2:.4f})"
+        told.append(f"{len(found.seeds)} of {len(TEST)} seeds")
+    return ", ".join(told)
 
 
 def lora(runs: Sequence[Kept], dataset: str, model: str, lr: str, of_equal_size: bool) -> list[Kept]:
