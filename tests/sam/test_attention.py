@@ -86,6 +86,16 @@ def test_attention_on_a_consumer_gpu_is_padded(monkeypatch: pytest.MonkeyPatch) 
     assert widths == [232, 232, 232]
 
 
+@pytest.mark.parametrize(
+    ("width", "dtype", "narrow"),
+    [(14, torch.bfloat16, True), (32, torch.bfloat16, False), (14, torch.float16, False), (14, None, False)],
+)
+def test_only_short_rows_of_bfloat16_fold_positions_into_the_product(
+    width: int, dtype: torch.dtype | None, narrow: bool
+) -> None:
+    assert ours.is_narrow(torch.empty(1, 2, width, 4, dtype=dtype)) == narrow
+
+
 @pytest.mark.usefixtures("both_ways")
 def test_second_derivatives_are_right() -> None:
     torch.manual_seed(0)
