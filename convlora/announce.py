@@ -70,7 +70,8 @@ def announce(
     if backbone.is_random and not data.drawn:
         console.print(
             f"WARNING: {backbone.name} HAS RANDOM WEIGHTS, SO THIS TRAINS A TOY ON REAL IMAGES.\n"
-            "WARNING: SET model=sam_vit_b, OR ANOTHER THAT HAS WEIGHTS, FOR RESULTS THAT MEAN ANYTHING.",
+            "WARNING: SET model.weights=PATH, OR model=sam_vit_b OR ANOTHER THAT BRINGS WEIGHTS, "
+            "FOR RESULTS THAT MEAN ANYTHING.",
             style="bold red",
         )
 

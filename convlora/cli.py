@@ -276,10 +276,16 @@ def _key(argument: str) -> str:
 
 def _name_choice(config_name: str, error: HydraException) -> Exception:
     """Say in one line which file or group does not exist, and what there is."""
-    missing = getattr(error, "missing_cfg_file", None)
+    missing = str(getattr(error, "missing_cfg_file", None) or "")
     if missing:
-        group, _, name = str(missing).rpartition("/")
+        parent = missing.rpartition("/")[0]
+        typed = (key for key in map(_key, sys.argv[1:]) if missing.startswith(f"{key}/"))
+        group = max(typed, key=len, default=parent)
+        name = missing.removeprefix(f"{group}/")
         names = sorted(getattr(error, "options", None) or ())
+        if group != parent:  # hydra tells what the group holds, not the folder in it
+            paths = (path.relative_to(CONF / group) for path in (CONF / parent).glob("*.yaml"))
+            names = sorted(path.with_suffix("").as_posix() for path in paths)
         return ValueError(f"{group}={name}: there is none of that name; {suggest(name, names)}")
     if found := re.match(r"You must specify '(\w+)'", str(error)):
         names = sorted(path.stem for path in (CONF / found[1]).glob("*.yaml"))

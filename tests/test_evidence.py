@@ -277,18 +277,22 @@ def test_scores_of_images_that_are_not_those_of_the_runs_are_refused(
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1].rpartition(",")[0] + ",", *lines[2:]]) + "\n")
     with pytest.raises(
-        ValueError, match=r"mona 0.001 and .* lora 0.001: the images in .*kvasir_sam_vit_tiny.csv"
+        SystemExit, match=r"mona 0.001 and .* lora 0.001: the images in .*kvasir_sam_vit_tiny.csv"
     ):
         write()
 
 
-def test_runs_are_kept_once_and_stay_kept(tables: ModuleType, write: Write, tmp_path: Path) -> None:
+def test_runs_are_kept_once_and_stay_kept(
+    tables: ModuleType, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     ended(first, "lora", 10, drawn(10))
     ended(second, "lora", 10, drawn(12), match=3_000_000)
     write(first)
     before = read_rows(tables.HERE / "runs.csv")
+    assert capsys.readouterr().out == "1 runs added, 0 were kept before\n"
     write(first, second)
+    assert capsys.readouterr().out == "1 runs added, 1 were kept before\n"
     after = read_rows(tables.HERE / "runs.csv")
     assert after[0] == before[0]
     assert [row["match"] for row in after] == ["", "3000000"]
@@ -297,10 +301,18 @@ def test_runs_are_kept_once_and_stay_kept(tables: ModuleType, write: Write, tmp_
         assert [float(row[name]) for row in table] == pytest.approx(drawn(seed), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["nothing", "empty", "file"])
+def test_a_folder_without_a_run_is_refused(write: Write, tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"error: .*/{name}: no run has ended there"):
+        write(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ({"form": "lora", "seed": 10, "images": drawn(11)}, "another run of this setting and seed"),
+        ({"form": "lora", "seed": 10, "images": drawn(11)}, "another row: validation"),
         ({"form": "mona", "seed": 10, "epochs": 6}, "different ground"),
         ({"form": "mona", "seed": 10, "summary": {"base_sha256": "1f"}}, "different ground"),
         ({"form": "mona", "seed": 11, "training": "9 (2f)"}, "different images"),
@@ -336,7 +348,7 @@ def test_what_cannot_stand_beside_the_others_is_refused(
     write(tmp_path / "first")
     before = (tables.HERE / "runs.csv").read_text()
     ended(tmp_path / "second", **other)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(SystemExit, match=told):
         write(tmp_path / "second")
     assert (tables.HERE / "runs.csv").read_text() == before
 

@@ -94,6 +94,15 @@ def test_experiment_names_its_command_and_the_papers_value(name: str) -> None:
     assert re.search(r"# Paper, three seeds: .*\d\d?\.\d", header)
 
 
+def test_each_seed_of_the_roads_tests_another_fold() -> None:
+    params = compose("train", "sweep=evidence/roads", return_hydra_config=True).hydra.sweeper.params
+    for seed in params["seed"].split(","):
+        lists = f"dataset.lists={params['dataset.lists']}"
+        config = compose("train", f"dataset={params['dataset']}", lists, f"seed={seed}")
+        assert (ROOT / config.dataset.lists / "test.csv").is_file()
+        assert config.dataset.lists == f"docs/evidence/road_folds/{seed}"
+
+
 def test_the_forms_of_the_evidence_share_all_but_the_method() -> None:
     """But for a learning rate of its own; and the sweeps try forms that there are."""
     folder = ROOT / "conf/experiment/evidence"

@@ -5,6 +5,7 @@ that test, their images to images/DATASET_MODEL.csv; without a folder it only wr
 folder's README.md are whole, the project's has a line for each data set.
 """
 
+import argparse
 import csv
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from convlora import results
+from convlora.announce import console
 from convlora.comparison import show, show_difference
 from convlora.results import Difference, Estimate, Run
 from convlora.run import matters
@@ -29,6 +31,13 @@ FRONT = HERE.parents[1] / "README.md"  # of the project
 FORMS = "evidence/"  # in conf/experiment
 CHOOSE, TEST = (0, 1, 2), (10, 11, 12, 13, 14)  # seeds
 CHOSEN_ON = ("kvasir", "sam_vit_tiny")
+CLAIMS = {
+    "ground": "the settings beside the method's, or the frozen weights",
+    "images": "the lists of images and their files",
+    "steps": "number of training steps",
+    "method": "the settings of the method",
+    "match": "the size that LoRA is matched to",
+}
 KEYS = ("dataset", "model", "form", "match", "lr", "seed")
 SAID = {
     "kvasir": "polyps",
@@ -165,11 +174,14 @@ def keep(folders: Iterable[Path]) -> None:
         ValueError: one is no run of this comparison, or is not to be compared with those that are kept.
     """
     rows = {identity(row): row for row in results.read_rows(HERE / "runs.csv")}
-    found = {run.folder: (run, summarize(run)) for folder in folders for run in results.find(folder)}
+    found = {run.folder: (run, summarize(run)) for folder in folders for run in ended(folder)}
+    known = len(rows)
     for folder, (_, row) in found.items():
-        if rows.setdefault(identity(row), row) != row:
+        kept = rows.setdefault(identity(row), row)
+        if kept != row:
+            other = ", ".join(f"{key} {row[key]} for {kept[key]}" for key in row if row[key] != kept.get(key))
             raise ValueError(
-                f"{folder}: another run of this setting and seed is kept, which gave another row"
+                f"{folder}: a run of this setting and seed is kept, which gave another row: {other}"
             )
     check(rows.values())
     for run, row in found.values():
@@ -182,6 +194,18 @@ def keep(folders: Iterable[Path]) -> None:
             write_csv(path, [{"image": image, **table[image]} for image in sorted(table)])
     ordered = sorted(rows.values(), key=lambda row: (*identity(row)[:4], float(row["lr"]), int(row["seed"])))
     write_csv(HERE / "runs.csv", ordered)
+    if found:
+        console.print(f"{len(rows) - known} runs added, {len(found) - len(rows) + known} were kept before")
+
+
+def ended(folder: Path) -> list[Run]:
+    """Return the runs at or below a folder that have ended; raises ValueError where there is none."""
+    found = results.find(folder)
+    if not found:
+        raise ValueError(
+            f"{folder}: no run there has ended, or there is no such folder; name that of a sweep"
+        )
+    return found
 
 
 def check(rows: Iterable[Mapping[str, str]]) -> None:
@@ -198,7 +222,10 @@ def check(rows: Iterable[Mapping[str, str]]) -> None:
             value, first = alike.setdefault(claim, (row[claim[0]], row))
             if value != row[claim[0]]:
                 both = " and ".join(" ".join(filter(None, identity(each))) for each in (first, row))
-                raise ValueError(f"{both} have different {claim[0]}, and cannot stand in one table")
+                raise ValueError(
+                    f"{both} have different {claim[0]} ({CLAIMS[claim[0]]}), and cannot stand in one table; "
+                    "train by the sweeps of conf/sweep/evidence with the same weights, or name other folders"
+                )
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -403,14 +430,21 @@ def fill(page: Path, title: str, lines: Iterable[str]) -> None:
 
 def main() -> None:
     """Keep the runs below the folders that are given, and write the tables."""
-    keep(map(Path, sys.argv[1:]))
-    runs, page = read(), HERE / "README.md"
-    fill(page, "learning rates", learning_rates(runs))
-    fill(page, "forms", forms(runs))
-    fill(page, "gates", gates(runs))
-    fill(page, "tests", tests(runs))
-    fill(page, "differences", differences(runs))
-    fill(FRONT, "measured", measured(runs))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", metavar="FOLDER", nargs="*", type=Path, help="of a sweep or a run")
+    try:
+        keep(parser.parse_args().folders)
+        runs, page = read(), HERE / "README.md"
+        fill(page, "learning rates", learning_rates(runs))
+        fill(page, "forms", forms(runs))
+        fill(page, "gates", gates(runs))
+        fill(page, "tests", tests(runs))
+        fill(page, "differences", differences(runs))
+        fill(FRONT, "measured", measured(runs))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
