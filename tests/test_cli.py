@@ -30,7 +30,7 @@ def one_line(err: str) -> str:
         (train, "datset=kvasir", "unknown key 'datset'; did you mean 'dataset'?"),
         (train, "trainer.max_epoch=3", "trainer: unknown key 'max_epoch'; did you mean 'max_epochs'?"),
         (train, "dataset=kvasirr", "dataset=kvasirr: there is none of that name; did you mean 'kvas"),
-        (train, "experiment=evidence/loro", "evidence/loro: there is none of that name; did you mean 'evi"),
+        (train, "experiment=evidence/loro", "experiment=evidence/loro: there is none of that name; did you"),
         (train, "peft/gate=sof", "peft/gate=sof: there is none of that name; did you mean 'soft'?"),
         (train, "peft=zzz", "peft=zzz: there is none of that name; there are adapter, adaptformer, "),
         (train, "peft=lora peft/gate=noisy_top_k", "peft/gate=... is for methods with experts"),

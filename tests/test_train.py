@@ -165,7 +165,9 @@ def test_more_devices_than_there_are_is_an_error(cli: Commands) -> None:
 def test_random_weights_on_real_images_are_shouted_about(cli: Commands) -> None:
     make_folder(grey_in="none")
     shout = "WARNING: sam_tiny HAS RANDOM WEIGHTS, SO THIS TRAINS A TOY ON REAL IMAGES."
-    assert shout in cli(train, *OWN_FOLDER, "dry_run=true").out
+    out = cli(train, *OWN_FOLDER, "dry_run=true").out
+    assert shout in out
+    assert "SET model.weights=PATH" in out
     assert "WARNING" not in cli(train, "dry_run=true").out
     assert "WARNING" not in cli(train, *OWN_FOLDER, "dry_run=true", "model.weights=nowhere.pth").out
 
