@@ -442,6 +442,7 @@ def main() -> None:
         fill(page, "gates", gates(runs))
         fill(page, "tests", tests(runs))
         fill(page, "differences", differences(runs))
+        fill(page, "verdict", measured(runs))
         fill(FRONT, "measured", measured(runs))
     except ValueError as error:
         sys.exit(f"error: {error}")
