@@ -203,7 +203,7 @@ def ended(folder: Path) -> list[Run]:
     found = results.find(folder)
     if not found:
         raise ValueError(
-            f"{folder}: no run there has ended, or there is no such folder; name that of a sweep"
+            f"{folder}: no run has ended there, or there is no such folder; name that of a sweep"
         )
     return found
 
