@@ -229,7 +229,12 @@ def test_the_front_page_tells_of_the_form_that_validation_chose(
         "`switch_mlp` -0.1000 [-0.1000, -0.1000], behind"
     )
     polyps = f"{leaves}; `switch_mlp` to `lora_mlp` +0.1000 [+0.1000, +0.1000], ahead"
-    assert written.splitlines() == [f"- polyps: {polyps}", f"- leaves: {leaves}"]
+    chosen = "`lora_mlp` 0.8000 ± 0.0000; `switch_mlp` 0.7000 ± 0.0000; `conv_lora` 0.6000 ± 0.0000"
+    assert written.splitlines() == [
+        f"- polyps, in validation: {chosen}; `lora` 0.5000 ± 0.0000",
+        f"- polyps: {polyps}",
+        f"- leaves: {leaves}",
+    ]
 
 
 def test_models_and_data_sets_are_compared_apart(write: Write, tmp_path: Path) -> None:

@@ -390,10 +390,16 @@ def differences(runs: Sequence[Kept]) -> list[str]:
 
 
 def measured(runs: Sequence[Kept]) -> list[str]:
-    """Return how Conv-LoRA as released and the form of it that was chosen stand to LoRA on each data set."""
-    best, lines = best_rates(runs), []
-    chosen = next((each[0].row["form"] for each in ranked(runs) if each[0].row["evenness"]), "conv_lora")
+    """Return how Conv-LoRA as released and the chosen form of it stand to LoRA, in validation and in tests."""
+    best, order = best_rates(runs), ranked(runs)
+    chosen = next((each[0].row["form"] for each in order if each[0].row["evenness"]), "conv_lora")
     sides = dict.fromkeys([("conv_lora", ""), (chosen, ""), (chosen, PLAIN[1])])
+    validations = [
+        f"{each[0].label} {show(Estimate.of([run.validation for run in each]))}"
+        for each in order
+        if each[0].row["form"] in ("conv_lora", chosen, *PLAIN)
+    ]
+    lines = [f"- {SAID[CHOSEN_ON[0]]}, in validation: {'; '.join(validations)}"] if validations else []
     for dataset, said in SAID.items():
         at = {
             (form, match != ""): members
