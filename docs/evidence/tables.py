@@ -390,7 +390,7 @@ def differences(runs: Sequence[Kept]) -> list[str]:
 
 
 def measured(runs: Sequence[Kept]) -> list[str]:
-    """Return how Conv-LoRA as released and the chosen form of it stand to LoRA, in validation and in tests."""
+    """Return how Conv-LoRA as released and the chosen form stand to LoRA, in validation and in tests."""
     best, order = best_rates(runs), ranked(runs)
     chosen = next((each[0].row["form"] for each in order if each[0].row["evenness"]), "conv_lora")
     sides = dict.fromkeys([("conv_lora", ""), (chosen, ""), (chosen, PLAIN[1])])
