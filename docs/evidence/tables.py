@@ -2,7 +2,7 @@
 
 `python docs/evidence/tables.py FOLDER ...` adds the ended runs below the folders to runs.csv and, of seeds
 that test, their images to images/DATASET_MODEL.csv; without a folder it only writes the tables. Those of this
-folder's README.md are whole, the project's has a line for each data set.
+folder's README.md are whole, the project's has the verdict alone.
 """
 
 import argparse
@@ -45,12 +45,12 @@ SAID = {
     "leaf_disease": "leaves",
     "massachusetts_roads": "roads of Japan",
 }
-COMPARED = {
+COMPARED = {  # seeds that the differences are of
     "kvasir": TEST[:3],
     "camo": TEST[:3],
     "leaf_disease": TEST[:3],
     "massachusetts_roads": TEST,
-}  # seeds
+}
 FOLDS = {"massachusetts_roads": 7.2 / 24.8}  # where each seed tests another fold: test over training images
 DETECTABLE = 1.4  # half-widths of a 95 % interval that a true difference needs to be seen four times of five
 PLAIN = ("lora", "lora_mlp")  # LoRA at the places of Conv-LoRA as released and of the form that was chosen
@@ -325,7 +325,7 @@ def gates(runs: Sequence[Kept]) -> list[str]:
         first = members[0]
         evenness = np.mean([float(run.row["evenness"]) for run in members])
         rho = [float(run.row["scale_by_size"]) for run in members if run.row["scale_by_size"]]
-        ends = " to ".join(dict.fromkeys(f"{end:.2f}" for end in (min(rho), max(rho)))) if rho else "alike"
+        ends = " to ".join(dict.fromkeys(f"{end:z.2f}" for end in (min(rho), max(rho)))) if rho else "alike"
         place = [SAID[first.dataset], first.row["model"], first.label, first.row["lr"]]
         rows.append([*place, str(len(members)), f"{evenness:.2f}", ends])
     return markdown(rows)
